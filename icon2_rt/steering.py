@@ -1,0 +1,524 @@
+"""Directions and steerings as values: what is added to a residual stream, before any engine is involved.
+
+A *direction* is a unit vector per decoder block. A *steering* is what is done to one row's residual stream after
+block ``i``::
+
+    h  <-  h + sum_k (alpha_k[i] + beta_k[i] * <h, u_k[i]>) * u_k[i]
+
+Addition is (alpha, 0), ablation (0, -1), clamping the projection to t is (t, -1), amplification (0, beta). Everything
+here is data and arithmetic on it; the engine only sees the result of :func:`compile_steering`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["response", "generated", "all"]
+SCOPES: tuple[Scope, ...] = ("response", "generated", "all")
+
+# A Gram-Schmidt remainder shorter than this means "already in the span": fp32 unit vectors are exact to about 1e-7.
+_DEPENDENT = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One direction per decoder block, for one criterion.
+
+    Args:
+        name: what it stands for (``"honesty"``).
+        vectors: ``[n_layers, hidden_size]``, any length; stored as unit rows, fp32, on the CPU. Row ``i`` acts on the
+            residual stream *after* block ``i`` (transformers' ``hidden_states[i + 1]``; for the last block the state
+            before the final norm).
+        scale: ``[n_layers]``, what a strength of 1 means at each block. Default: the length that each row had. 0 = no
+            direction at that block.
+        model: fingerprint of the model it was made on, if known. model_name: that model's name, for people.
+        method: how it was made (``"pca"``, ``"mean_difference"``, ``"imported"`` …).
+        health: per-block figures that came with it (``"sign_agreement"`` → a float per block).
+        metadata: any other facts worth keeping, as strings.
+
+    Raises:
+        ValueError: wrong rank, an empty name, NaN or infinity, a scale without a vector behind it.
+    """
+
+    name: str
+    vectors: Tensor
+    scale: Tensor = None  # type: ignore[assignment]  # filled in __post_init__
+    model: str | None = field(default=None, kw_only=True)
+    model_name: str | None = field(default=None, kw_only=True)
+    method: str | None = field(default=None, kw_only=True)
+    health: Mapping[str, Sequence[float]] = field(default_factory=dict, kw_only=True)
+    metadata: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a direction needs a non-empty name, not {self.name!r}")
+        vectors = torch.as_tensor(self.vectors).detach().to("cpu", torch.float32)
+        if vectors.ndim != 2 or 0 in vectors.shape:
+            raise ValueError(
+                f"direction {self.name!r}: vectors must be [n_layers, hidden_size], one row per decoder block; "
+                f"got shape {list(vectors.shape)}"
+            )
+        if not torch.isfinite(vectors).all():
+            rows = (~torch.isfinite(vectors)).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(f"direction {self.name!r}: vectors hold NaN or infinity at block(s) {rows}")
+        lengths = vectors.double().norm(dim=1)
+        if self.scale is None:
+            scale = lengths.float()
+        else:
+            scale = torch.as_tensor(self.scale).detach().to("cpu", torch.float32)
+            if scale.shape != (len(vectors),):
+                raise ValueError(
+                    f"direction {self.name!r}: scale must have one number per block, [{len(vectors)}]; "
+                    f"got shape {list(scale.shape)}"
+                )
+            if not torch.isfinite(scale).all():
+                raise ValueError(f"direction {self.name!r}: scale holds NaN or infinity")
+            hollow = ((scale != 0) & (lengths == 0)).nonzero().flatten().tolist()
+            if hollow:
+                raise ValueError(f"direction {self.name!r}: scale is nonzero but the vector is zero at block(s) {hollow}")
+        unit = (lengths - 1).abs() < 1e-6  # already unit rows stay as they are, so that save -> load is equality
+        lengths = torch.where((lengths == 0) | unit, 1.0, lengths)
+        object.__setattr__(self, "vectors", (vectors.double() / lengths[:, None]).float().contiguous())
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def n_layers(self) -> int:
+        return self.vectors.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks (0-based) that this direction has a vector for."""
+        return self.scale.nonzero().flatten().tolist()
+
+    def __getitem__(self, layers: int | slice | Sequence[int]) -> Direction:
+        """The same direction on some blocks only: ``d[9:20]``, ``d[-1]``, ``d[[3, 5]]``. 0-based, end exclusive."""
+        n = self.n_layers
+        if isinstance(layers, slice):
+            chosen = list(range(n))[layers]
+            if not chosen:
+                raise ValueError(f"direction {self.name!r}: {_show(layers)} selects no block of 0..{n - 1}")
+        else:
+            wanted = [layers] if isinstance(layers, int) else list(layers)
+            for layer in wanted:
+                if not isinstance(layer, int) or not -n <= layer < n:
+                    raise IndexError(f"direction {self.name!r} has blocks 0..{n - 1} (or -{n}..-1), not {layer!r}")
+            if not wanted:
+                raise ValueError(f"direction {self.name!r}: an empty list selects no block of 0..{n - 1}")
+            chosen = wanted
+        keep = torch.zeros(n)
+        keep[chosen] = 1
+        return replace(self, scale=self.scale * keep)
+
+    def _steer(self, alpha: Tensor, beta: Tensor) -> Steering:
+        return Steering((Term(self, alpha, beta),))
+
+    def __mul__(self, strength: float | Sequence[float] | Tensor) -> Steering:
+        alpha = _strength(strength, self) * self.scale
+        if bool((torch.as_tensor(strength) != 0).any()) and not bool(alpha.any()):
+            raise ValueError(f"strength {strength!r} on direction {self.name!r}, which has no vector on the chosen blocks")
+        return self._steer(alpha, torch.zeros(self.n_layers))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Steering:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Steering:
+        return self * -1.0
+
+    def __add__(self, other: Direction | Steering) -> Steering:
+        return self * 1.0 + other
+
+    def __sub__(self, other: Direction | Steering) -> Steering:
+        return self * 1.0 - other
+
+    def ablated(self) -> Steering:
+        """Remove the component along this direction: the projection becomes 0 on its blocks."""
+        return self.clamped(0.0)
+
+    def clamped(self, target: float | Sequence[float] | Tensor) -> Steering:
+        """Set ⟨h, u⟩ to ``target`` (residual units, u the unit vector) on this direction's blocks."""
+        present = self._present("clamped")
+        return self._steer(_strength(target, self) * present, -present)
+
+    def amplified(self, factor: float | Sequence[float] | Tensor) -> Steering:
+        """Add ``factor · ⟨h, u⟩ · u``: 0.5 makes the component half as large again, -1 is :meth:`ablated`."""
+        present = self._present("amplified")
+        return self._steer(torch.zeros(self.n_layers), _strength(factor, self) * present)
+
+    def _present(self, verb: str) -> Tensor:
+        present = (self.scale != 0).float()
+        if not bool(present.any()):
+            raise ValueError(f"direction {self.name!r} has no vector on the chosen blocks and cannot be {verb}")
+        return present
+
+    def save(self, path: str | Path) -> None:
+        """Write to ``.safetensors`` or ``.gguf`` (see :mod:`icon2_rt.formats`)."""
+        from icon2_rt import formats
+
+        formats.save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Direction:
+        """Read the one direction of a ``.safetensors`` or ``.gguf`` file."""
+        from icon2_rt import formats
+
+        found = formats.load(path)
+        if len(found) != 1:
+            raise ValueError(f"{path} holds {len(found)} directions {found.names}: use DirectionSet.load and pick one")
+        return next(iter(found))
+
+    def __repr__(self) -> str:
+        return f"Direction({self.name!r}, n_layers={self.n_layers}, hidden_size={self.hidden_size}, layers={_runs(self.layers)})"
+
+
+class DirectionSet:
+    """Directions by name, in order: one file, one model.
+
+    Raises:
+        ValueError: two directions share a name, or their sizes differ.
+    """
+
+    def __init__(self, directions: Iterable[Direction]):
+        self._by_name: dict[str, Direction] = {}
+        for direction in directions:
+            if not isinstance(direction, Direction):
+                raise TypeError(f"a DirectionSet holds Direction objects, not {type(direction).__name__}")
+            if direction.name in self._by_name:
+                raise ValueError(f"two directions are named {direction.name!r}")
+            self._by_name[direction.name] = direction
+        shapes = {d.name: list(d.vectors.shape) for d in self}
+        if len({tuple(s) for s in shapes.values()}) > 1:
+            raise ValueError(f"directions of different models in one set: [n_layers, hidden_size] are {shapes}")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def __getitem__(self, name: str) -> Direction:
+        if name not in self._by_name:
+            raise KeyError(f"no direction {name!r}; there are {self.names}")
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[Direction]:
+        return iter(self._by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of them to one ``.safetensors`` file."""
+        from icon2_rt import formats
+
+        formats.save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> DirectionSet:
+        """Read every direction of a ``.safetensors`` or ``.gguf`` file."""
+        from icon2_rt import formats
+
+        return formats.load(path)
+
+    def __repr__(self) -> str:
+        return f"DirectionSet({self.names})"
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One direction's share in a steering: ``(alpha[i] + beta[i]·⟨h, u_i⟩)·u_i`` after block ``i``.
+
+    ``alpha`` (residual units) and ``beta`` (dimensionless) are fp32 ``[n_layers]``.
+    """
+
+    direction: Direction
+    alpha: Tensor
+    beta: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What is done to one row's residual stream: a sum of terms, where it starts, and whether the norm is kept.
+
+    ``scope`` says which positions are steered: ``"response"`` (the last prompt token and every generated one),
+    ``"generated"`` (generated tokens only) or ``"all"`` (the prompt too). ``keep_norm`` rescales the steered state to
+    the norm it had. Build it from directions: ``0.1 * honesty[9:20] - 0.05 * b``.
+    """
+
+    terms: tuple[Term, ...] = ()
+    scope: Scope = "response"
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {list(SCOPES)}, not {self.scope!r}")
+        object.__setattr__(self, "terms", tuple(self.terms))
+        for term in self.terms:
+            if not isinstance(term, Term):
+                raise TypeError(f"a Steering is a sum of Terms, not of {type(term).__name__}: write 0.1 * direction")
+        shapes = {tuple(t.direction.vectors.shape) for t in self.terms}
+        if len(shapes) > 1:
+            raise ValueError(f"directions of different models in one steering: [n_layers, hidden_size] are {sorted(shapes)}")
+
+    def with_scope(self, scope: Scope) -> Steering:
+        """The same steering on other positions; see design: response | generated | all."""
+        return replace(self, scope=scope)
+
+    def with_keep_norm(self, keep_norm: bool = True) -> Steering:
+        """The same steering, the result rescaled to ‖h‖ (left alone where no term is active). Not linear any more."""
+        return replace(self, keep_norm=keep_norm)
+
+    def __add__(self, other: Direction | Steering) -> Steering:
+        if isinstance(other, Direction):
+            other = replace(other * 1.0, scope=self.scope, keep_norm=self.keep_norm)
+        if not isinstance(other, Steering):
+            return NotImplemented
+        for name in ("scope", "keep_norm"):
+            if self.terms and other.terms and getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"cannot add steerings whose {name} differs: {getattr(self, name)!r} and {getattr(other, name)!r}. "
+                    f"It belongs to the whole steering: set it once, on the sum."
+                )
+        host = self if self.terms else other
+        return replace(host, terms=_merge((*self.terms, *other.terms)))
+
+    def __radd__(self, other: Direction | Steering | int) -> Steering:
+        return self if other == 0 else self + other  # type: ignore[operator]  # sum([...]) starts from 0
+
+    def __mul__(self, factor: float) -> Steering:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise TypeError(f"a steering is scaled by one finite number, not {factor!r}")
+        return replace(self, terms=tuple(Term(t.direction, factor * t.alpha, factor * t.beta) for t in self.terms))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Steering:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Steering:
+        return self * -1.0
+
+    def __sub__(self, other: Direction | Steering) -> Steering:
+        return self + -other
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks (0-based) where some term acts."""
+        return sorted({i for t in self.terms for i in ((t.alpha != 0) | (t.beta != 0)).nonzero().flatten().tolist()})
+
+    def __repr__(self) -> str:
+        parts = [f"{t.direction.name}[{_runs(_active(t).nonzero().flatten().tolist())}]" for t in self.terms]
+        extra = ", keep_norm" if self.keep_norm else ""
+        return f"Steering({' + '.join(parts) or 'nothing'}, scope={self.scope!r}{extra})"
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledSteering:
+    """A steering as the engine runs it: K unit vectors per block and their coefficients, overlaps resolved.
+
+    ``vectors`` holds K fp32 tensors ``[n_layers, hidden]`` with ``keys[k]`` naming the content of each (equal key = equal
+    bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. A steering that does nothing anywhere
+    compiles to None, so that "no steering" has one form.
+    """
+
+    vectors: tuple[Tensor, ...]
+    keys: tuple[str, ...]
+    alpha: Tensor
+    beta: Tensor
+    scope: Scope
+    keep_norm: bool
+
+    @property
+    def n_terms(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def active(self) -> Tensor:
+        """``[n_layers]`` bool: does anything happen after this block?"""
+        return ((self.alpha != 0) | (self.beta != 0)).any(dim=0)
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest block (0-based) after which something happens."""
+        return int(self.active.nonzero()[0])
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two steerings that do the same; hashable."""
+        alpha, beta = self.alpha.numpy().tobytes(), self.beta.numpy().tobytes()
+        return (self.keys, alpha, beta, self.scope, self.keep_norm)
+
+
+def compile_steering(steering: Steering | None, n_layers: int, hidden_size: int) -> CompiledSteering | None:
+    """Check a steering against a model's size and bring it to the form the engine runs.
+
+    Terms with beta = -1 that overlap on a block are orthonormalised there (clamp targets transformed with them), so
+    that ablating two directions of cosine 0.9 leaves both projections at zero.
+
+    Returns None when nothing would happen at any block.
+
+    Raises:
+        ValueError: another number of blocks or hidden size; two clamps of one direction to different targets.
+    """
+    if steering is None:
+        return None
+    if not isinstance(steering, Steering):
+        hint = "write 0.1 * direction" if isinstance(steering, Direction) else "build one from a Direction"
+        raise TypeError(f"a steering is a Steering or None, not {type(steering).__name__}: {hint}")
+    for term in steering.terms:
+        d = term.direction
+        if (d.n_layers, d.hidden_size) != (n_layers, hidden_size):
+            raise ValueError(
+                f"direction {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, "
+                f"the model has {n_layers} of size {hidden_size}: it was made on another model"
+            )
+    terms = [t for t in steering.terms if bool(_active(t).any())]
+    if not terms:
+        return None
+    vectors = [t.direction.vectors for t in terms]
+    alpha = torch.stack([t.alpha for t in terms]).float()
+    beta = torch.stack([t.beta for t in terms]).float()
+    pinned = beta == -1
+    for layer in (pinned.sum(dim=0) > 1).nonzero().flatten().tolist():
+        overlapping = pinned[:, layer].nonzero().flatten().tolist()
+        names = [terms[k].direction.name for k in overlapping]
+        basis, targets = _orthonormal([vectors[k][layer] for k in overlapping], alpha[overlapping, layer], names, layer)
+        for k, u, target in zip(overlapping, basis, targets, strict=True):
+            if vectors[k] is terms[k].direction.vectors:
+                vectors[k] = vectors[k].clone()
+            if u is None:
+                alpha[k, layer] = beta[k, layer] = 0
+            else:
+                vectors[k][layer], alpha[k, layer] = u, target
+    acts = ((alpha != 0) | (beta != 0)).any(dim=1)
+    kept = acts.nonzero().flatten().tolist()
+    vectors = [vectors[k] for k in kept]
+    return CompiledSteering(
+        vectors=tuple(vectors),
+        keys=tuple(_content_key(v) for v in vectors),
+        alpha=alpha[kept],
+        beta=beta[kept],
+        scope=steering.scope,
+        keep_norm=steering.keep_norm,
+    )
+
+
+def _orthonormal(
+    rows: Sequence[Tensor], targets: Tensor, names: Sequence[str], layer: int
+) -> tuple[list[Tensor | None], list[float]]:
+    """Gram-Schmidt of ``rows`` with targets carried along: ⟨h', u_j⟩ = t_j for all j is kept by ⟨h', q_j⟩ = c_j.
+
+    With u_j = Σ_i R_ij q_i, forward substitution gives c_j = (t_j - Σ_{i<j} R_ij c_i) / R_jj. A dependent row has no
+    q_j (None); its target must agree with what the others already fix.
+    """
+    basis: list[Tensor] = []
+    fixed: list[float] = []
+    out: list[Tensor | None] = []
+    out_targets: list[float] = []
+    for row, target, name in zip(rows, targets.tolist(), names, strict=True):
+        rest, implied = row.double(), 0.0
+        for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
+            for q, c in zip(basis, fixed, strict=True):
+                r = torch.dot(rest, q)
+                rest = rest - r * q
+                implied += float(r) * c
+        length = float(rest.norm())
+        if length < _DEPENDENT:
+            if abs(target - implied) > 1e-4 * max(1.0, abs(target)):
+                raise ValueError(
+                    f"block {layer}: direction {name!r} is clamped to {target:g}, but the other clamps there already fix "
+                    f"its projection at {implied:g}"
+                )
+            out.append(None)
+            out_targets.append(0.0)
+            continue
+        basis.append(rest / length)
+        fixed.append((target - implied) / length)
+        out.append(basis[-1].float())
+        out_targets.append(fixed[-1])
+    return out, out_targets
+
+
+def _merge(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Sum the additive terms of one direction into one: ``a[3] + a[5]`` needs one slot and one dot product.
+
+    Only where beta is zero: two ablations of one direction are one ablation, not beta = -2.
+    """
+    merged: list[Term] = []
+    for term in terms:
+        for i, other in enumerate(merged):
+            same = other.direction.vectors is term.direction.vectors or (
+                other.direction.vectors.shape == term.direction.vectors.shape
+                and torch.equal(other.direction.vectors, term.direction.vectors)
+            )
+            if same and not bool(other.beta.any()) and not bool(term.beta.any()):
+                merged[i] = Term(other.direction, other.alpha + term.alpha, other.beta)
+                break
+        else:
+            merged.append(term)
+    return tuple(merged)
+
+
+def _active(term: Term) -> Tensor:
+    return (term.alpha != 0) | (term.beta != 0)
+
+
+def _strength(value: float | Sequence[float] | Tensor, direction: Direction) -> Tensor:
+    if isinstance(value, bool | str) or isinstance(value, Direction | Steering):
+        raise TypeError(f"a strength is a number, or one number per block, not {value!r}")
+    strength = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    if strength.ndim > 1 or (strength.ndim == 1 and len(strength) != direction.n_layers):
+        raise ValueError(
+            f"direction {direction.name!r}: a strength is one number or one per block [{direction.n_layers}], "
+            f"not of shape {list(strength.shape)}"
+        )
+    if not torch.isfinite(strength).all():
+        raise ValueError(f"direction {direction.name!r}: strength is NaN or infinite: {value!r}")
+    return strength
+
+
+_KEYS: dict[int, tuple[Tensor, str]] = {}
+
+
+def _content_key(vectors: Tensor) -> str:
+    """A hash of the bytes, remembered per tensor object (slices of a direction share theirs)."""
+    known = _KEYS.get(id(vectors))
+    if known is not None and known[0] is vectors:
+        return known[1]
+    key = hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
+    if len(_KEYS) > 1024:
+        _KEYS.clear()
+    _KEYS[id(vectors)] = (vectors, key)
+    return key
+
+
+def _show(s: slice) -> str:
+    return f"[{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}]"
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """``[9, 10, 11, 20]`` as ``9:12, 20``, the way a person would slice."""
+    parts: list[str] = []
+    start = previous = None
+    for layer in [*layers, None]:  # type: ignore[list-item]
+        if start is not None and layer == previous + 1:
+            previous = layer
+            continue
+        if start is not None:
+            parts.append(str(start) if start == previous else f"{start}:{previous + 1}")
+        start = previous = layer
+    return ", ".join(parts) or "none"
