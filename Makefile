@@ -1,0 +1,69 @@
+# One command each. `make demo` installs what a user needs; the others add the tools. Both use .venv in the checkout.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.SHELLFLAGS := -eu -o pipefail -c
+
+# The first interpreter that runs and is new enough (a version manager's shim may be there and not run).
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+endif
+VENV ?= .venv
+BIN := $(VENV)/bin
+comma := ,
+INPUTS := pyproject.toml setup.py Makefile
+
+.PHONY: help env demo test test-oldest lint type fmt bench docs
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+# $(call install,VENV,CONSTRAINTS,REQUIREMENT). torch is named first and by its pinned version: left to itself, a
+# resolver picks the newest build there is. The package is built with the environment's own setuptools.
+define install
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "installing $(3) into $(1) with $(PYTHON) (the first time takes a minute or two)"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install -q -c $(2) "setuptools>=77.0.3" torch==$$(sed -n 's/^torch==//p' $(2))
+	@$(1)/bin/python -m pip install -q -c $(2) --no-build-isolation -e "$(3)"
+	@touch $@
+endef
+
+$(VENV)/.core: constraints.txt $(INPUTS)
+	$(call install,$(VENV),constraints.txt,.)
+
+$(VENV)/.dev: constraints.txt $(INPUTS)
+	$(call install,$(VENV),constraints.txt,.[dev])
+	@touch $(VENV)/.core
+
+.venv-oldest/.dev: constraints-oldest.txt $(INPUTS)
+	$(call install,.venv-oldest,constraints-oldest.txt,.[train$(comma)test])
+
+env: $(VENV)/.dev ## the environment with every tool, in .venv
+
+demo: $(VENV)/.core ## the whole method on the model that ships with the package
+	@$(BIN)/icon2 demo
+
+test: $(VENV)/.dev ## every test
+	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/.dev ## the same tests with the oldest supported triton and transformers, in .venv-oldest
+	.venv-oldest/bin/python -m pytest
+
+lint: $(VENV)/.dev ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev ## mypy on the package
+	$(BIN)/mypy
+
+fmt: $(VENV)/.dev ## mend formatting and what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev ## the benchmarks
+	$(BIN)/icon2 bench
+
+docs: $(VENV)/.dev ## the API reference, into build/docs
+	$(BIN)/python -m pdoc -o build/docs icon2_rt
