@@ -1,0 +1,32 @@
+"""What holds for every test: no network, quiet, few threads, and a GPU test that says why it was skipped."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and transformers are imported: both read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Small models: more threads than this only wait for each other.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    reason = "needs a CUDA GPU: torch.cuda.is_available() is False here"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
