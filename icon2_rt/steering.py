@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Direction:
         if self.scale is None:
             scale = lengths.float()
         else:
-            scale = torch.as_tensor(self.scale).detach().to("cpu", torch.float32)
+            scale = torch.as_tensor(self.scale).detach().to("cpu", torch.float32, copy=True)
             if scale.shape != (len(vectors),):
                 raise ValueError(
                     f"direction {self.name!r}: scale must have one number per block, [{len(vectors)}]; "
@@ -110,9 +110,9 @@ class Direction:
             if not chosen:
                 raise ValueError(f"direction {self.name!r}: {_show(layers)} selects no block of 0..{n - 1}")
         else:
-            wanted = [layers] if isinstance(layers, int) else list(layers)
+            wanted = [layers] if isinstance(layers, SupportsIndex) else list(layers)
             for layer in wanted:
-                if not isinstance(layer, int) or not -n <= layer < n:
+                if not isinstance(layer, SupportsIndex) or not -n <= layer.__index__() < n:
                     raise IndexError(f"direction {self.name!r} has blocks 0..{n - 1} (or -{n}..-1), not {layer!r}")
             if not wanted:
                 raise ValueError(f"direction {self.name!r}: an empty list selects no block of 0..{n - 1}")
@@ -140,6 +140,9 @@ class Direction:
 
     def __add__(self, other: Direction | Steering) -> Steering:
         return self * 1.0 + other
+
+    def __radd__(self, other: int) -> Steering:
+        return other + self * 1.0  # sum([...]) starts from 0
 
     def __sub__(self, other: Direction | Steering) -> Steering:
         return self * 1.0 - other
