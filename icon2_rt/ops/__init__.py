@@ -1,0 +1,83 @@
+"""The operations of a step, one a file. What is here is plain PyTorch and is the definition; :func:`select` picks the
+backend's version of each and does nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
+from icon2_rt.ops.attention import AttentionItems, Segment, grouped_decode_attention, prefill_attention
+from icon2_rt.ops.linear import linear
+from icon2_rt.ops.philox import exponential_noise, philox, row_seeds
+from icon2_rt.ops.rope_append import rope_append
+from icon2_rt.ops.sample import RowSampling, sample
+from icon2_rt.ops.silu_mul import silu_mul
+
+Backend = Literal["reference", "triton", "native"]
+BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native")
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every op; same names, argument order and layout in all of them."""
+
+    backend: Backend
+    add_steer_rmsnorm: Callable = add_steer_rmsnorm
+    rope_append: Callable = rope_append
+    grouped_decode_attention: Callable = grouped_decode_attention
+    prefill_attention: Callable = prefill_attention
+    silu_mul: Callable = silu_mul
+    linear: Callable = linear
+    sample: Callable = sample
+
+
+def available(device: torch.device) -> dict[Backend, str | None]:
+    """Every backend, with None where it can run on ``device`` and the reason where it cannot."""
+    return {
+        "reference": None,
+        "triton": "this version has no Triton kernels yet",
+        "native": "this version has no native extension yet",
+    }
+
+
+def select(backend: str, device: torch.device) -> Ops:
+    """The ops of ``backend`` (``"auto"``: the fastest that can run on ``device``).
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run here; the message says why.
+    """
+    if backend == "auto":
+        return Ops("reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, not {backend!r}")
+    why_not = available(device)[backend]  # type: ignore[index]
+    if why_not is not None:
+        raise ValueError(f"backend {backend!r} cannot run here: {why_not}. Use backend='auto' or 'reference'.")
+    return Ops(backend)  # type: ignore[arg-type]
+
+
+__all__ = [
+    "BACKENDS",
+    "AttentionItems",
+    "Backend",
+    "Ops",
+    "RowSampling",
+    "RowSteering",
+    "Segment",
+    "add_steer_rmsnorm",
+    "available",
+    "exponential_noise",
+    "grouped_decode_attention",
+    "linear",
+    "philox",
+    "prefill_attention",
+    "rope_append",
+    "row_seeds",
+    "sample",
+    "select",
+    "silu_mul",
+]

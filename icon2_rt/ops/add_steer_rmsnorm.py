@@ -1,0 +1,83 @@
+"""Residual add, the steering law and RMSNorm: the one place where a row's residual stream is changed.
+
+The steering is a term of an operation that runs anyway, so that it costs nothing more than its own arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowSteering:
+    """Which steering each row has, for all blocks: S distinct steerings of at most K terms over a bank of N vectors.
+
+    Attributes:
+        bank: ``[N, n_layers, hidden]`` fp32, the unit vectors on the device.
+        index: ``[S, K]`` int64, each term's place in the bank (any valid place for an unused term).
+        alpha, beta: ``[S, K, n_layers]`` fp32; (0, 0) = the term does nothing at that block.
+        keep_norm: ``[S]`` bool.
+        which: ``[rows]`` int64, each row's steering, -1 for none.
+        rows: per block, what the host knows of the rows where some term is active: None for no row, ``slice(None)``
+            for all of them, else their int64 indices ``[n]``. All other rows take no extra work.
+        rescale: whether any of the S keeps its norm.
+    """
+
+    bank: Tensor
+    index: Tensor
+    alpha: Tensor
+    beta: Tensor
+    keep_norm: Tensor
+    which: Tensor
+    rows: tuple[Tensor | slice | None, ...]
+    rescale: bool
+
+
+def add_steer_rmsnorm(
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    steering: RowSteering | None = None,
+    layer: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """``h = residual + x``; steer h as after block ``layer``; return (h, RMSNorm(h)·weight).
+
+    One fp32 sum of residual, block output and steering, one rounding to the residual's dtype, then the norm of the
+    rounded value as transformers' RMSNorm does it. ⟨h, u⟩ is taken before any term is added, from the fp32 sum.
+
+    Args:
+        x: ``[rows, hidden]`` output of the block, or None (the embedding enters, nothing to add).
+        residual: ``[rows, hidden]``. weight: ``[hidden]``, in the model's dtype. eps: the norm's epsilon.
+        steering, layer: None, or the rows' steerings and the block (0-based) that h is the output of.
+
+    Returns:
+        ``[rows, hidden]`` in the residual's dtype and ``[rows, hidden]`` in the weight's. A row without an active
+        term has the same bytes as without ``steering``.
+    """
+    h = residual.float() if x is None else residual.float() + x.float()
+    if steering is not None and (rows := steering.rows[layer]) is not None:
+        if isinstance(rows, slice):
+            h = steer(h, steering, layer, steering.which)
+        else:
+            h = h.index_copy(0, rows, steer(h[rows], steering, layer, steering.which[rows]))
+    residual = h.to(residual.dtype)
+    h = residual.float()
+    normed = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True).add_(eps))
+    return residual, weight * normed.to(weight.dtype)
+
+
+def steer(h: Tensor, steering: RowSteering, layer: int, which: Tensor) -> Tensor:
+    """The law (design: one law) on ``h [n, hidden]`` fp32, all of whose rows have an active term; returns a new tensor."""
+    u = steering.bank[steering.index[which], layer]  # [n, K, hidden]
+    alpha, beta = steering.alpha[which, :, layer], steering.beta[which, :, layer]  # [n, K]
+    coefficient = alpha + beta * (u @ h[:, :, None])[:, :, 0]
+    out = h + (coefficient[:, None, :] @ u)[:, 0]
+    if steering.rescale:
+        before, after = h.norm(dim=-1, keepdim=True), out.norm(dim=-1, keepdim=True)
+        scale = torch.where((before > 0) & (after > 0) & steering.keep_norm[which][:, None], before / after, 1.0)
+        out = out * scale
+    return out
