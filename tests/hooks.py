@@ -80,7 +80,7 @@ def logits(model: PreTrainedModel, ids: Sequence[int], steering: Steering | None
 
 @torch.no_grad()
 def states(model: PreTrainedModel, ids: Sequence[int], steering: Steering | None = None, start: int = 0) -> Tensor:
-    """``[n_layers, len(ids), hidden]``: what leaves every block (after steering), the last one before the final norm."""
+    """``[n_layers, len(ids), hidden]``: what leaves every block (steered), the last before the final norm."""
     found: list[Tensor] = []
     with steered(model, steering, start):
 
