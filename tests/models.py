@@ -51,6 +51,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def randomize(model: PreTrainedModel, seed: int, std: float) -> PreTrainedModel:
@@ -100,6 +101,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-mha": lambda: tiny_llama(num_key_value_heads=6),
     "llama-mqa-head16": lambda: tiny_llama(num_key_value_heads=1, head_dim=16),
     "llama3-rope-tied": lambda: tiny_llama(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama-yarn": lambda: tiny_llama(rope_parameters=YARN_ROPE),
+    "llama-linear-rope": lambda: tiny_llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    ),
     "llama-theta-5e5": lambda: tiny_llama(
         rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rms_norm_eps=1e-5
     ),
