@@ -1,4 +1,4 @@
-"""The tiny world and its judge agree: what is written as good is judged good, and broken text is not taken for language."""
+"""The tiny world and its judge agree: what is written as good is judged good, and broken text never is language."""
 
 from __future__ import annotations
 
