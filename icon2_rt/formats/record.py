@@ -12,8 +12,8 @@ from icon2_rt.steering import Direction
 
 # Written into every file and compared on reading: an index without its convention is worth nothing.
 LAYERS = (
-    "row i acts on the residual stream after decoder block i (0-based): transformers' hidden_states[i + 1], for the last "
-    "block before the final norm"
+    "row i acts on the residual stream after decoder block i (0-based): transformers' hidden_states[i + 1], for the "
+    "last block before the final norm"
 )
 VERSION = 1
 
