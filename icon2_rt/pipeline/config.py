@@ -1,0 +1,424 @@
+"""What a run is asked to do: read from TOML, checked as a whole, frozen.
+
+A config with five mistakes is reported with all five, each with the path of its key (``pairs.temperature: …``), before
+anything is loaded. The sections and their options are the dataclasses below, and their defaults are the paper's
+settings where it states them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icon2_rt.pipeline.criteria import Criterion, default_criteria
+
+Check = Callable[[Any], "str | None"]  # what is wrong with a value, or None
+
+
+def option(default: Any, *checks: Check) -> Any:
+    """A config key: its default, and what its value must satisfy beyond its type."""
+    if default is _REQUIRED:
+        return field(metadata={"checks": checks})
+    return field(default=default, metadata={"checks": checks})
+
+
+_REQUIRED = object()
+
+
+def at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def above(low: float) -> Check:
+    return lambda value: None if value > low else f"must be greater than {low}"
+
+
+def below(high: float) -> Check:
+    return lambda value: None if value < high else f"must be less than {high}"
+
+
+def at_most(high: float) -> Check:
+    return lambda value: None if value <= high else f"must be at most {high}"
+
+
+def one_of(*allowed: str) -> Check:
+    def check(value: str) -> str | None:
+        if value in allowed:
+            return None
+        return f"must be one of {', '.join(map(repr, allowed))}{_did_you_mean(value, allowed)}"
+
+    return check
+
+
+def not_empty(value: Any) -> str | None:
+    return None if len(value) else "must not be empty"
+
+
+def layer_range(value: str) -> str | None:
+    try:
+        parse_layers(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the model is loaded and run; the keyword arguments of ``Runtime.from_pretrained``.
+
+    ``dtype`` "auto" is the checkpoint's own. ``threads`` is torch's thread count on the CPU (none: as torch decides).
+    """
+
+    device: str = option("auto", not_empty)
+    backend: str = option("auto", one_of("auto", "reference", "triton", "native"))
+    dtype: str = option("auto", one_of("auto", "float32", "bfloat16", "float16"))
+    revision: str | None = option(None)
+    max_rows: int = option(64, at_least(2))
+    page_size: int = option(64, at_least(1))
+    prefill_chunk: int = option(2048, at_least(1))
+    kv_memory: int | None = option(None, at_least(1))
+    threads: int | None = option(None, at_least(1))
+
+
+@dataclass(frozen=True)
+class DirectionsConfig:
+    """Step 1. ``file`` takes ready directions; otherwise they are extracted from ``features`` instructions that the
+    model writes for itself (paper: 1024), or from those in ``features_file``."""
+
+    file: str | None = option(None, not_empty)
+    method: str = option("pca", one_of("pca", "mean_difference"))
+    features: int = option(1024, at_least(2))
+    features_file: str | None = option(None, not_empty)
+
+
+@dataclass(frozen=True)
+class InstructionsConfig:
+    """Step 2, synthesis. ``draws`` instructions are sampled; hygiene drops some. ``file`` takes ready ones instead."""
+
+    draws: int = option(10_000, at_least(1))
+    file: str | None = option(None, not_empty)
+    temperature: float = option(1.0, above(0))
+    top_p: float = option(1.0, above(0), at_most(1))
+    max_new_tokens: int = option(256, at_least(1))
+    min_chars: int = option(1, at_least(1))
+    max_chars: int | None = option(None, at_least(1))
+    shard_size: int = option(1024, at_least(1))
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Step 2, consistency. ``keep`` is the share of the clean instructions that is kept (paper: 10 %); ``margin`` the
+    least distance between the best criterion's score and the second's."""
+
+    scale: str = option("raw", one_of("raw", "zscore"))
+    keep: float = option(0.1, above(0), at_most(1))
+    margin: float | None = option(None, at_least(0))
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Step 3. ``positive`` and ``negative`` are the strengths γ⁺ and γ⁻ in residual units (paper: +0.1, −0.05); with a
+    ``[calibration]`` section they are left out. ``layers`` is "middle" (a third of the blocks, as in the paper), "all"
+    or a 0-based range with an exclusive end, "9:20"."""
+
+    positive: float | None = option(None, above(0))
+    negative: float | None = option(None, below(0))
+    layers: str = option("middle", layer_range)
+    temperature: float = option(0.8, at_least(0))
+    top_p: float = option(0.95, above(0), at_most(1))
+    max_new_tokens: int = option(512, at_least(1))
+    noise: str = option("independent", one_of("independent", "common"))
+    shard_size: int = option(256, at_least(1))
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Strengths by dose, ‖γu‖ relative to the mean residual norm in the controlled blocks: each of ``doses`` is tried
+    with both signs on ``instructions`` of the feature instructions, in one pass."""
+
+    doses: tuple[float, ...] = option((0.02, 0.05, 0.1, 0.15, 0.2), not_empty)
+    instructions: int = option(32, at_least(2))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Make one with :meth:`load` or :meth:`from_dict`, which check it.
+
+    ``model`` is a path, a hub id, or "tiny" for the model that ships with the package. Without ``criteria`` the paper's
+    four are used (for "tiny": those it was trained with).
+    """
+
+    model: str = option(_REQUIRED, not_empty)
+    seed: int = option(0, at_least(0), below(2**31))
+    criteria: dict[str, Criterion] = field(default_factory=dict)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    directions: DirectionsConfig = field(default_factory=DirectionsConfig)
+    instructions: InstructionsConfig = field(default_factory=InstructionsConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    calibration: CalibrationConfig | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a TOML file. Files that it names are relative to its own folder.
+
+        Raises:
+            ValueError: no TOML, or settings that are wrong: all of them in one message, each with its key's path.
+            OSError: the file cannot be read.
+        """
+        path = Path(path)
+        return cls.from_dict(read_toml(path), source=str(path), folder=path.parent)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any], *, source: str = "config", folder: Path | None = None) -> RunConfig:
+        """Check a plain dict as :meth:`load` checks a file.
+
+        Raises:
+            ValueError: as for :meth:`load`; ``source`` names the origin in the message.
+        """
+        errors: list[str] = []
+        config = _read(cls, table, "", errors)
+        if config is not None:
+            config = _resolve_files(config, folder, errors)
+            errors += _contradictions(config)
+        if errors:
+            count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
+            raise ValueError(f"{source}: {count}\n" + "\n".join(f"  {error}" for error in errors))
+        assert config is not None
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the TOML file; what is not set is left out."""
+        return _plain(self)
+
+    def resolved_criteria(self) -> dict[str, Criterion]:
+        return dict(self.criteria) or default_criteria(self.model)
+
+
+PAPER_STRENGTHS = (0.1, -0.05)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file; raises ValueError with the file's name and the line, or OSError."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_criteria(path: str | Path) -> dict[str, Criterion]:
+    """Criteria from a TOML file with one table each: ``[honesty]``, ``positive = "…"``, ``negative = "…"``.
+
+    A whole run config works too: its ``[criteria.…]`` tables are taken.
+
+    Raises:
+        ValueError: everything that is wrong with it, in one message.
+    """
+    table = read_toml(Path(path))
+    if isinstance(table.get("criteria"), dict):
+        table = table["criteria"]
+    errors: list[str] = []
+    criteria = _read_value(dict[str, Criterion], table, "", errors)
+    if not errors and not criteria:
+        errors.append('no criterion in it; write [honesty] with positive = "…" and negative = "…"')
+    errors += _same_prompts(criteria or {}, "")
+    if errors:
+        raise ValueError(f"{path}: " + "\n  ".join(["wrong criteria", *errors]))
+    return criteria
+
+
+def parse_layers(text: str) -> slice | str:
+    """ "9:20" → slice(9, 20); "middle" and "all" stay words until the number of blocks is known."""
+    if text in ("middle", "all"):
+        return text
+    parts = text.split(":")
+    try:
+        if len(parts) == 1:
+            layer = int(parts[0])
+            return slice(layer, layer + 1 or None)
+        if len(parts) == 2:
+            start, stop = (int(part) if part.strip() else None for part in parts)
+            return slice(start, stop)
+    except ValueError:
+        pass
+    raise ValueError(f'must be "middle", "all" or a 0-based range of blocks like "9:20" (end excluded), not {text!r}')
+
+
+def controlled_layers(text: str, n_layers: int) -> list[int]:
+    """The blocks (0-based) that are steered in a model of ``n_layers``.
+
+    "middle" is the paper's band: blocks ⌊N/3⌋ to 2·⌊N/3⌋, counted from 1, both included: 10–20 of 32, 12–24 of 36 and
+    16–32 of 48 as printed there. (For the 28 blocks of Qwen2-7B the paper takes 10–20 too; this rule gives 9–18.)
+
+    Raises:
+        ValueError: the range selects no block of this model.
+    """
+    chosen = parse_layers(text)
+    if chosen == "all":
+        return list(range(n_layers))
+    if chosen == "middle":
+        third = max(1, n_layers // 3)
+        return list(range(n_layers))[third - 1 : 2 * third]
+    assert isinstance(chosen, slice)
+    for bound in (chosen.start, chosen.stop):
+        if bound is not None and not -n_layers <= bound <= n_layers:
+            raise ValueError(f"pairs.layers: {text!r} reaches outside the model's blocks 0..{n_layers - 1}")
+    layers = list(range(n_layers))[chosen]
+    if not layers:
+        raise ValueError(f"pairs.layers: {text!r} selects no block of 0..{n_layers - 1}")
+    return layers
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    """What is wrong with options that are each fine by themselves."""
+    errors = []
+    if config.calibration is not None:
+        given = [name for name in ("positive", "negative") if getattr(config.pairs, name) is not None]
+        errors += [f"pairs.{name}: leave it out, [calibration] finds the strengths" for name in given]
+        if any(not 0 < dose < 2 for dose in config.calibration.doses):
+            errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
+    low, high = config.instructions.min_chars, config.instructions.max_chars
+    if high is not None and high < low:
+        errors.append(f"instructions.max_chars: must not be less than min_chars ({low}), got {high}")
+    if config.directions.file is not None:
+        if config.criteria:
+            errors.append("criteria: leave them out, directions.file brings its own")
+        errors += _without_effect(config.directions, "directions", ("method",))
+    if config.instructions.file is not None:
+        errors += _without_effect(
+            config.instructions, "instructions", ("draws", "temperature", "top_p", "max_new_tokens")
+        )
+    return errors + _same_prompts(config.criteria, "criteria.")
+
+
+def _without_effect(section: Any, path: str, names: tuple[str, ...]) -> list[str]:
+    defaults = type(section)()
+    changed = [name for name in names if getattr(section, name) != getattr(defaults, name)]
+    return [f"{path}.{name}: has no effect with {path}.file; leave it out" for name in changed]
+
+
+def _same_prompts(criteria: Mapping[str, Criterion], prefix: str) -> list[str]:
+    return [
+        f"{prefix}{name}: positive and negative are the same text, so there is no direction between them"
+        for name, criterion in criteria.items()
+        if criterion.positive == criterion.negative and criterion.positive
+    ]
+
+
+def _resolve_files(config: RunConfig, folder: Path | None, errors: list[str]) -> RunConfig:
+    """Make input files absolute (relative to the config's folder) and check that they are there."""
+
+    def resolve(value: str | None, path: str) -> str | None:
+        if value is None:
+            return None
+        file = (folder or Path()) / Path(value).expanduser()
+        if not file.is_file():
+            errors.append(f"{path}: there is no file {file}")
+        return str(file.resolve())
+
+    directions = dataclasses.replace(
+        config.directions,
+        file=resolve(config.directions.file, "directions.file"),
+        features_file=resolve(config.directions.features_file, "directions.features_file"),
+    )
+    instructions = dataclasses.replace(config.instructions, file=resolve(config.instructions.file, "instructions.file"))
+    return dataclasses.replace(config, directions=directions, instructions=instructions)
+
+
+def _read(cls: type, table: Any, path: str, errors: list[str]) -> Any:
+    """Build the dataclass ``cls`` from ``table``; what is wrong goes to ``errors`` with its key's path, and its default
+    stands in, so that everything else can still be checked."""
+    if not isinstance(table, Mapping):
+        errors.append(f"{path or 'config'}: must be a table of settings, not {_show(table)}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = [str(key) for key in table if key not in fields]
+    errors += [f"{_join(path, key)}: unknown option{_did_you_mean(key, fields)}" for key in unknown]
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        key = _join(path, name)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            values[name] = ""  # keeps the object whole for the cross checks when the key is missing or wrong
+            if name not in table:
+                errors.append(f"{key}: is missing, and there is no default")
+        if name not in table:
+            continue
+        problems = len(errors)
+        value = _read_value(hints[name], table[name], key, errors)
+        if len(errors) > problems and not isinstance(value, Mapping) and not dataclasses.is_dataclass(value):
+            continue  # wrong: its default stands in
+        if value is not None:
+            complaint = next((c for c in (check(value) for check in f.metadata.get("checks", ())) if c), None)
+            if complaint:
+                errors.append(f"{key}: {complaint}" + ("" if repr(value) in complaint else f", got {_show(value)}"))
+                continue
+        values[name] = value
+    return cls(**values)
+
+
+def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
+    """``value`` as the type ``hint`` says, or None and an error."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _read_value(next(a for a in args if a is not type(None)), value, path, errors)
+    if dataclasses.is_dataclass(hint):
+        return _read(typing.cast(type, hint), value, path, errors)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            errors.append(f"{path}: must be tables like [{path}.honesty], not {_show(value)}")
+            return None
+        read = {str(k): _read_value(args[1], v, _join(path, str(k)), errors) for k, v in value.items()}
+        return {k: v for k, v in read.items() if v is not None}
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            errors.append(f"{path}: must be a list of numbers, not {_show(value)}")
+            return None
+        return tuple(_read_value(args[0], v, f"{path}[{i}]", errors) for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        names = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+        errors.append(f"{path}: must be {names[hint]}, not {_show(value)}")
+        return None
+    if hint is float and not math.isfinite(value):
+        errors.append(f"{path}: must be a finite number, not {value}")
+        return None
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: v for name, v in plain.items() if v is not None and v != {}}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,47 @@
+"""What the bytes of a run depend on besides its config: versions, machine, and how the runtime was set up."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from icon2_rt import Runtime
+
+# What decodes, tokenises and writes; another version of any of these may give other bytes.
+DECIDING = ("icon2_rt", "torch", "triton", "transformers", "tokenizers", "numpy", "pyarrow")
+
+
+def versions(names: tuple[str, ...] = DECIDING) -> dict[str, str]:
+    """Installed versions by distribution name; those that are not installed are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(rt: Runtime) -> dict[str, Any]:
+    """The device, and how the runtime uses it."""
+    device = torch.device(rt.device)
+    if device.type == "cuda":
+        hardware = {"device": torch.cuda.get_device_name(device)}
+    else:
+        hardware = {
+            "device": device.type,
+            "architecture": platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        }
+    return {
+        **hardware,
+        "backend": str(rt.backend),
+        "dtype": str(rt.dtype).removeprefix("torch."),
+        "kv_pages": rt.kv_pages,
+        "page_size": rt.page_size,
+    }

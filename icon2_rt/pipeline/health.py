@@ -1,0 +1,116 @@
+"""Health checks: the figures that tell a usable dataset from one that only looks finished. All from data that is there
+anyway; none needs a judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from icon2_rt.pipeline.pairs import Strengths
+
+if TYPE_CHECKING:
+    from icon2_rt import DirectionSet
+
+# Below this size of the contrast, ‖mean difference‖ / ‖h‖, the two system prompts hardly change the model's state, and
+# a direction is noise however consistent it looks (measured on small models: 4 % where prompts did nothing, 20–45 %
+# where they worked).
+WEAK_CONTRAST = 0.1
+# Of all pairs; beyond it something is wrong with the strengths or the limit.
+MANY_IDENTICAL, MANY_CUT = 0.1, 0.1
+
+
+def residual_norms(states: Tensor) -> list[float]:
+    """Mean ‖h‖ after every block from hidden states ``[n, n_layers, hidden]``."""
+    return states.double().norm(dim=2).mean(dim=0).tolist()
+
+
+def doses(strengths: Strengths, norms: Sequence[float]) -> dict[str, list[float | None]]:
+    """‖γu‖ / ‖h‖ per block for both signs; None where a block is not steered."""
+    controlled = set(strengths.layers)
+
+    def per_block(gamma: float) -> list[float | None]:
+        return [abs(gamma) / norm if i in controlled and norm > 0 else None for i, norm in enumerate(norms)]
+
+    return {"positive": per_block(strengths.positive), "negative": per_block(strengths.negative)}
+
+
+def direction_health(directions: DirectionSet) -> dict[str, dict[str, list[float]]]:
+    """Per criterion and figure, one number per block, as the extraction left them."""
+    return {d.name: {key: [float(v) for v in values] for key, values in d.health.items()} for d in directions}
+
+
+def similarities(directions: DirectionSet) -> list[list[float]]:
+    """Mean cosine over blocks between every two directions: criteria that are nearly one and the same show."""
+    stacked = torch.stack([d.vectors.double() for d in directions])  # [m, n_layers, hidden]
+    return torch.einsum("alh,blh->ab", stacked, stacked).div(stacked.shape[1]).tolist()
+
+
+def direction_warnings(directions: DirectionSet, layers: Sequence[int]) -> list[str]:
+    found = []
+    for d in directions:
+        contrast = d.health.get("contrast")
+        if contrast and (mean := fmean(contrast[i] for i in layers)) < WEAK_CONTRAST:
+            found.append(
+                f"{d.name}: the two system prompts move the state by only {mean:.1%} of its norm in the controlled "
+                f"blocks; the model may hardly heed them, and the direction may be noise"
+            )
+    return found
+
+
+def without_text(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A dataset row as :func:`pair_health` reads it: figures only, so that a large dataset fits in memory."""
+    figures = {key: value for key, value in record.items() if key not in ("prompt", "chosen", "rejected")}
+    for side in ("chosen", "rejected"):
+        figures[f"{side}_empty"] = not record[side][0]["content"].strip()
+    return figures
+
+
+def pair_health(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures over the pairs of a dataset (rows as :func:`without_text` gives them).
+
+    Shares are of all pairs or all responses, lengths in tokens, log-probabilities per token under the unsteered model.
+    """
+    if not records:
+        return {"pairs": 0}
+    differing = [r["first_difference"] for r in records if r["first_difference"] is not None]
+    health: dict[str, Any] = {
+        "pairs": len(records),
+        "per_criterion": dict(sorted(Counter(r["criterion"] for r in records).items())),
+        "identical": 1 - len(differing) / len(records),
+        "median_first_difference": median(differing) if differing else None,
+        "length_ratio": _sum(records, "chosen_tokens") / max(1, _sum(records, "rejected_tokens")),
+    }
+    for side in ("chosen", "rejected"):
+        tokens = max(1, _sum(records, f"{side}_tokens"))
+        health[side] = {
+            "mean_tokens": tokens / len(records),
+            "cut_off": fmean(r[f"{side}_finish"] == "length" for r in records),
+            "empty": fmean(r[f"{side}_empty"] for r in records),
+            "repetition": fmean(r[f"{side}_repetition"] for r in records),
+            "logprob_per_token": _sum(records, f"{side}_logprob_unsteered") / tokens,
+        }
+    return health
+
+
+def pair_warnings(health: Mapping[str, Any]) -> list[str]:
+    if not health["pairs"]:
+        return ["no pairs"]
+    found = []
+    if health["identical"] > MANY_IDENTICAL:
+        found.append(f"{health['identical']:.0%} of the pairs are identical: the strengths are too small")
+    for side in ("chosen", "rejected"):
+        if health[side]["cut_off"] > MANY_CUT:
+            share = health[side]["cut_off"]
+            found.append(f"{share:.0%} of the {side} responses were cut off: raise pairs.max_new_tokens")
+        if health[side]["empty"] > 0:
+            found.append(f"{health[side]['empty']:.0%} of the {side} responses are empty")
+    return found
+
+
+def _sum(records: Sequence[Mapping[str, Any]], column: str) -> float:
+    return sum(r[column] for r in records)

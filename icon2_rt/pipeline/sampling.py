@@ -1,0 +1,36 @@
+"""Sampling settings that owe nothing to the checkpoint: a model's own generation config must not colour a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+
+def neutral(
+    *,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    eos_token_id: Sequence[int],
+    stop_string: str | None = None,
+) -> GenerationConfig:
+    """A config with every filter and penalty off but those named. Temperature 0 is greedy decoding."""
+    from transformers import GenerationConfig
+
+    sampled: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if stop_string is not None:
+        sampled["stop_strings"] = [stop_string]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=list(eos_token_id) or None, **sampled
+    )
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of one stage of a run, so that a sample's noise in one stage says nothing about it in another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:4], "little") >> 1
