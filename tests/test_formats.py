@@ -403,6 +403,21 @@ def test_a_corrupt_file_is_read_or_named_never_anything_else(suffix: str, tmp_pa
     assert [message for message in refused if f"corrupt{suffix}" not in message] == []
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("method", ["a", "aa", "aaa", "aaaa"])  # one of them aligns the array with the file's end
+def test_gguf_absurd_length_is_refused_at_the_end_of_the_file(method: str, tmp_path: Path) -> None:
+    """The library's reader takes what lies past an aligned end as empty, and would do so 2^40 times."""
+    path = tmp_path / "d.gguf"
+    direction(method=method)[1:].save(path)
+    content = bytearray(path.read_bytes())
+    length_at = content.index(b"icon2_rt.scale") + len("icon2_rt.scale") + 8  # after the type and the item type
+    assert int.from_bytes(content[length_at : length_at + 8], "little") == N_LAYERS
+    content[length_at : length_at + 8] = (1 << 40).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a whole GGUF file: .* wanted at byte"):
+        formats.load(path)
+
+
 @pytest.mark.parametrize("suffix", formats.SUFFIXES)
 def test_a_pickle_is_not_opened(suffix: str, tmp_path: Path) -> None:
     class Trap:
