@@ -1,0 +1,211 @@
+"""The engine against transformers in fp32: every family, unsteered and steered in all scopes.
+
+The oracle recomputes the whole sequence for every token (tests/hooks.py). Logits are compared through what is public:
+log-probabilities of every token of the vocabulary after prefill, of every drawn token, and entropies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from icon2_rt import Direction, Runtime, Steering
+from tests import hooks
+from tests.models import (
+    FAMILIES,
+    LLAMA3_ROPE,
+    VOCAB,
+    random_prompts,
+    random_vectors,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+)
+
+ATOL = 1e-4
+PAGE = 16
+LENGTHS = [1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 2]
+GREEDY = {"do_sample": False, "max_new_tokens": 64}
+SCOPES = ["response", "generated", "all"]
+
+
+@dataclass
+class Case:
+    name: str
+    oracle: PreTrainedModel
+    rt: Runtime
+
+    @property
+    def steerings(self) -> list[Steering]:
+        """One per prompt of LENGTHS, as strong as a tenth of the residual stream (norms are 40 to 80)."""
+        n, hidden = self.rt.spec.n_layers, self.rt.spec.hidden_size
+        a, b = (Direction(f"d{i}", random_vectors(n, hidden, seed=i), torch.ones(n)) for i in range(2))
+        return [
+            4.0 * a,
+            -4.0 * a[1:3],
+            a[1:].ablated() + b.ablated(),
+            (5.0 * a - 3.0 * b[2:]).with_keep_norm(),
+            a[:2].clamped(6.0) + b.amplified(0.8),
+            3.0 * b[-1] + 2.0 * a[0],
+        ]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request) -> Case:
+    build = FAMILIES[request.param]
+    return Case(request.param, build(), Runtime(build(), page_size=PAGE, prefill_chunk=32, device="cpu"))
+
+
+def assert_close(got: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(
+        torch.tensor(got, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), atol=ATOL, rtol=0
+    )
+
+
+def test_64_greedy_tokens(case):
+    prompts = random_prompts(LENGTHS)
+    for prompt, completion in zip(prompts, case.rt.generate(prompts, **GREEDY), strict=True):
+        expected = hooks.greedy(case.oracle, prompt, 64)
+        assert completion.token_ids == expected.token_ids
+        assert_close(completion.logprobs, expected.logprobs)
+        assert completion.finish_reason == "length"
+        assert completion.seed is None
+        assert completion.text is None
+        assert len(set(completion.token_ids)) > 5  # a constant loop would prove little
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_64_greedy_tokens_steered(case, scope):
+    prompts = random_prompts(LENGTHS)
+    steerings = [s.with_scope(scope) for s in case.steerings]
+    changed = 0
+    plain = case.rt.generate(prompts, **GREEDY)
+    for prompt, steering, completion, other in zip(
+        prompts, steerings, case.rt.generate(prompts, steerings, **GREEDY), plain, strict=True
+    ):
+        expected = hooks.greedy(case.oracle, prompt, 64, steering)
+        assert completion.token_ids == expected.token_ids
+        assert_close(completion.logprobs, expected.logprobs)
+        changed += completion.token_ids != other.token_ids
+    assert changed >= 5  # else the steerings are too weak for this test to mean anything
+
+
+@pytest.mark.parametrize("scope", [None, *SCOPES])
+def test_the_whole_distribution_after_prefill_and_after_decode(case, scope):
+    """Logits up to their common constant, for all of the vocabulary: every token is scored as a completion."""
+    prompt = random_prompts([2 * PAGE + 5])[0]
+    written = random_prompts([3], seed=7)[0]
+    steering = None if scope is None else case.steerings[4].with_scope(scope)
+    completions = [[*written, token] for token in range(VOCAB)]
+    scored = case.rt.score([prompt] * VOCAB, completions, steering)
+    expected = hooks.response_logits(case.oracle, prompt, [*written, 0], steering).log_softmax(dim=-1)
+    assert_close([s.logprobs[-1] for s in scored], expected[-1].tolist())
+    first = case.rt.score([prompt] * VOCAB, [[token] for token in range(VOCAB)], steering)
+    assert_close([s.logprobs[0] for s in first], expected[0].tolist())
+
+
+@pytest.mark.parametrize("scope", [None, *SCOPES])
+def test_scores_of_given_completions(case, scope):
+    prompts = random_prompts(LENGTHS)
+    completions = random_prompts([1, 5, 16, 17, 33, 2], seed=3)
+    steerings = [None if scope is None else s.with_scope(scope) for s in case.steerings]
+    for prompt, completion, steering, scored in zip(
+        prompts, completions, steerings, case.rt.score(prompts, completions, steerings), strict=True
+    ):
+        expected = hooks.teacher_forced(case.oracle, prompt, completion, steering)
+        p = expected.logits.double().softmax(dim=-1)
+        assert scored.token_ids == completion
+        assert_close(scored.logprobs, expected.logprobs)
+        assert_close(scored.entropies, torch.special.entr(p).sum(dim=-1).tolist())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_model_loaded_with_either_attention_gives_the_same(implementation):
+    prompt = random_prompts([20])[0]
+    rt = Runtime(tiny_llama(attn_implementation=implementation), device="cpu")
+    assert rt.generate([prompt], **GREEDY)[0].token_ids == hooks.greedy(tiny_llama(), prompt, 64).token_ids
+
+
+@pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "default", "rope_theta": 5e5}], ids=["llama3", "theta5e5"])
+def test_a_prompt_many_times_longer_than_the_rope_was_scaled_from(rope):
+    """Positions up to 1500: an error in the low frequencies shows only there."""
+    overrides = {"rope_parameters": rope, "max_position_embeddings": 2048, "num_hidden_layers": 2}
+    oracle, rt = tiny_llama(**overrides), Runtime(tiny_llama(**overrides), device="cpu", prefill_chunk=256)
+    prompt = random_prompts([1400])[0]
+    steering = 4.0 * Direction("d", random_vectors(2, 48, seed=0), torch.ones(2))
+    for s in (None, steering, steering.with_scope("all")):
+        completion = rt.generate([prompt], s, do_sample=False, max_new_tokens=20)[0]
+        expected = hooks.greedy(oracle, prompt, 20, s)
+        assert completion.token_ids == expected.token_ids
+        assert_close(completion.logprobs, expected.logprobs)
+
+
+@pytest.mark.parametrize("page_size", [4, 64])
+@pytest.mark.parametrize("prefill_chunk", [8, 1024])
+def test_page_and_chunk_sizes_do_not_matter(page_size, prefill_chunk):
+    oracle = tiny_llama()
+    rt = Runtime(tiny_llama(), page_size=page_size, prefill_chunk=prefill_chunk, device="cpu")
+    a = Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
+    lengths = [1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2]
+    prompts = random_prompts(lengths)
+    for scope in SCOPES:
+        steering = (4.0 * a[1:]).with_scope(scope)
+        for prompt, completion in zip(
+            prompts, rt.generate(prompts, steering, do_sample=False, max_new_tokens=24), strict=True
+        ):
+            assert completion.token_ids == hooks.greedy(oracle, prompt, 24, steering).token_ids
+
+
+def test_keep_model_leaves_the_original_usable():
+    model, prompt = tiny_qwen2(), random_prompts([9])[0]
+    before = hooks.logits(model, prompt)
+    rt = Runtime(model, keep_model=True, device="cpu")
+    assert torch.equal(hooks.logits(model, prompt), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    expected = hooks.greedy(tiny_qwen2(), prompt, 16).token_ids
+    assert rt.generate([prompt], do_sample=False, max_new_tokens=16)[0].token_ids == expected
+
+
+def test_the_models_memory_is_taken_over():
+    model = tiny_llama()
+    Runtime(model, device="cpu")
+    assert sum(p.numel() for p in model.model.layers.parameters()) == 0
+
+
+def test_within_a_sliding_window_mistral_is_itself_and_beyond_it_is_refused():
+    build = {"sliding_window": 40}
+    oracle, rt = tiny_mistral(**build), Runtime(tiny_mistral(**build), device="cpu")
+    prompt = random_prompts([20])[0]
+    completion = rt.generate([prompt], do_sample=False, max_new_tokens=20)[0]
+    assert completion.token_ids == hooks.greedy(oracle, prompt, 20).token_ids
+    with pytest.raises(ValueError, match="40"):
+        rt.generate([prompt], do_sample=False, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_fp32(dtype):
+    """Scores of the same tokens by the same weights: what differs is the rounding of every activation."""
+    prompts, completions = random_prompts([5, 40]), random_prompts([30, 30], seed=1)
+    oracle, rt = tiny_llama().to(dtype).float(), Runtime(tiny_llama().to(dtype), device="cpu")
+    steering = 6.0 * Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
+    assert rt.dtype == dtype
+    tolerance = 0.1 if dtype == torch.bfloat16 else 0.015
+    for s in (None, steering):
+        for prompt, completion, scored in zip(prompts, completions, rt.score(prompts, completions, s), strict=True):
+            expected = hooks.teacher_forced(oracle, prompt, completion, s)
+            error = torch.tensor(scored.logprobs) - torch.tensor(expected.logprobs)
+            assert float(error.square().mean().sqrt()) < tolerance
+    generated = rt.generate(prompts, steering, do_sample=False, max_new_tokens=8)
+    assert [len(g.token_ids) for g in generated] == [8, 8]
+
+
+def test_the_same_weights_have_the_same_fingerprint_in_any_dtype():
+    fp32 = Runtime(tiny_llama(), device="cpu").fingerprint
+    assert Runtime(tiny_llama().bfloat16(), device="cpu").fingerprint == fp32
+    assert Runtime(tiny_llama(seed=1), device="cpu").fingerprint != fp32
+    assert Runtime(tiny_llama(num_hidden_layers=3), device="cpu").fingerprint != fp32

@@ -1,0 +1,222 @@
+"""Reading the residual stream: states, projections, directions, scores; against forward hooks and numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from icon2_rt import Direction, DirectionSet, Runtime
+from tests import hooks
+from tests.models import FAMILIES, random_prompts, random_vectors, tiny_llama, tiny_tokenizer
+
+PAGE = 8
+LENGTHS = [1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 2, 40, 5]
+PROMPTS = random_prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def rt() -> Runtime:
+    return Runtime(tiny_llama(), page_size=PAGE, prefill_chunk=16, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chat() -> Runtime:
+    return Runtime(tiny_llama(), tiny_tokenizer(), page_size=PAGE, device="cpu")
+
+
+def last_states(model, prompts) -> torch.Tensor:
+    return torch.stack([hooks.states(model, p)[:, -1] for p in prompts])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_what_leaves_each_block(family):
+    build = FAMILIES[family]
+    rt = Runtime(build(), page_size=PAGE, prefill_chunk=16, device="cpu")
+    got = rt.hidden_states(PROMPTS)
+    assert got.shape == (len(PROMPTS), rt.spec.n_layers, rt.spec.hidden_size)
+    assert got.dtype == torch.float32
+    assert got.device.type == "cpu"
+    torch.testing.assert_close(got, last_states(build(), PROMPTS), atol=1e-4, rtol=1e-4)
+
+
+def test_layer_i_is_transformers_hidden_state_i_plus_1_but_for_the_last(rt, oracle):
+    with torch.no_grad():
+        theirs = oracle(input_ids=torch.tensor([PROMPTS[5]]), output_hidden_states=True).hidden_states
+    ours = rt.hidden_states([PROMPTS[5]])[0]
+    for layer in range(3):
+        torch.testing.assert_close(ours[layer], theirs[layer + 1][0, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(oracle.model.norm(ours[3]), theirs[4][0, -1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours[3], theirs[4][0, -1], atol=0.1)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_batches_do_not_matter_and_leave_nothing_behind(rt, batch_tokens):
+    free = rt.kv.free_pages
+    whole = rt.hidden_states(PROMPTS)
+    torch.testing.assert_close(rt.hidden_states(PROMPTS, batch_tokens=batch_tokens), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rt.hidden_states(PROMPTS[::-1]).flip(0), whole, atol=1e-4, rtol=1e-4)
+    assert rt.kv.free_pages == free
+
+
+def test_more_prompts_than_memory_are_read_in_turns(oracle):
+    page_bytes = 2 * 4 * 2 * 8 * PAGE * 4
+    rt = Runtime(tiny_llama(), page_size=PAGE, kv_memory=8 * page_bytes, device="cpu")
+    assert rt.kv_pages == 8
+    prompts = random_prompts([30, 40, 10, 64, 3] * 4)
+    torch.testing.assert_close(rt.hidden_states(prompts), last_states(oracle, prompts), atol=1e-4, rtol=1e-4)
+
+
+def test_project_is_the_dot_products_alone(rt):
+    directions = [Direction(f"d{i}", random_vectors(4, 48, seed=i)) for i in range(3)]
+    states = rt.hidden_states(PROMPTS)
+    expected = torch.stack([(states * d.vectors).sum(-1) for d in directions], dim=1)
+    for given in (directions, DirectionSet(directions), tuple(directions)):
+        got = rt.project(PROMPTS, given)
+        assert got.shape == (len(PROMPTS), 3, 4)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_the_scale_of_a_direction_does_not_change_its_projection(rt):
+    vectors = random_vectors(4, 48, seed=0)
+    one = rt.project(PROMPTS, [Direction("a", vectors)])
+    two = rt.project(PROMPTS, [Direction("b", 7 * vectors)])
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-5)
+
+
+# --- extract_direction -----------------------------------------------------------------------------------------------
+
+POSITIVE, NEGATIVE = (
+    random_prompts([6, 9, 4, 12, 7, 3, 20, 8], seed=1),
+    random_prompts([5, 9, 6, 12, 2, 8, 20, 9], seed=2),
+)
+
+
+@pytest.fixture(scope="module")
+def differences(oracle) -> np.ndarray:
+    """``[pairs, layers, hidden]`` fp64, from the oracle."""
+    return (last_states(oracle, POSITIVE) - last_states(oracle, NEGATIVE)).double().numpy()
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+
+def test_pca_is_the_first_singular_vector_of_the_raw_differences(rt, differences):
+    d = rt.extract_direction(POSITIVE, NEGATIVE, "honesty")
+    assert (d.name, d.method, d.model) == ("honesty", "pca", rt.fingerprint)
+    centred_differs = 0
+    for layer in range(4):
+        v = differences[:, layer]
+        expected = np.linalg.svd(v, full_matrices=False)[2][0]
+        expected *= np.sign(expected @ v.mean(0))
+        got = d.vectors[layer].double().numpy()
+        assert cosine(got, expected) > 1 - 1e-6
+        assert got @ v.mean(0) > 0
+        assert abs(np.linalg.norm(got) - 1) < 1e-6
+        assert float(d.scale[layer]) == 1.0
+        centred = np.linalg.svd(v - v.mean(0), full_matrices=False)[2][0]
+        centred_differs += abs(cosine(got, centred)) < 0.99
+    assert centred_differs == 4
+
+
+def test_mean_difference(rt, differences):
+    d = rt.extract_direction(POSITIVE, NEGATIVE, "x", method="mean_difference")
+    assert d.method == "mean_difference"
+    assert d.scale.tolist() == [1.0] * 4
+    for layer in range(4):
+        assert cosine(d.vectors[layer].double().numpy(), differences[:, layer].mean(0)) > 1 - 1e-6
+
+
+def test_health_figures(rt, oracle, differences):
+    d = rt.extract_direction(POSITIVE, NEGATIVE, "honesty")
+    assert set(d.health) >= {"cos_mean_difference", "sign_agreement", "split_half_cosine", "contrast"}
+    assert all(len(figures) == 4 for figures in d.health.values())
+    norms = torch.cat([last_states(oracle, POSITIVE), last_states(oracle, NEGATIVE)]).norm(dim=-1).mean(0)
+    for layer in range(4):
+        v, u = differences[:, layer], d.vectors[layer].double().numpy()
+        assert d.health["cos_mean_difference"][layer] == pytest.approx(cosine(u, v.mean(0)), abs=1e-4)
+        assert d.health["sign_agreement"][layer] == pytest.approx((v @ u > 0).mean())
+        assert d.health["contrast"][layer] == pytest.approx(np.linalg.norm(v.mean(0)) / float(norms[layer]), rel=0.02)
+        assert -1 <= d.health["split_half_cosine"][layer] <= 1 + 1e-6
+
+
+def test_swapping_the_sides_turns_the_direction_round(rt):
+    for method in ("pca", "mean_difference"):
+        one = rt.extract_direction(POSITIVE, NEGATIVE, "x", method=method)
+        two = rt.extract_direction(NEGATIVE, POSITIVE, "x", method=method)
+        torch.testing.assert_close(one.vectors, -two.vectors, atol=1e-5, rtol=0)
+
+
+def test_the_order_of_the_pairs_does_not_matter(rt):
+    order = [3, 1, 7, 0, 2, 6, 5, 4]
+    one = rt.extract_direction(POSITIVE, NEGATIVE, "x")
+    two = rt.extract_direction([POSITIVE[i] for i in order], [NEGATIVE[i] for i in order], "x")
+    torch.testing.assert_close(one.vectors, two.vectors, atol=1e-4, rtol=0)
+
+
+def test_a_planted_direction_is_found():
+    """One token of each prompt says which side it is on: its trace is the difference, up to what the rest adds."""
+    rt = Runtime(tiny_llama(), device="cpu")
+    rest = random_prompts([4] * 24, seed=4)
+    d = rt.extract_direction([[*r[:3], 5, r[3]] for r in rest], [[*r[:3], 9, r[3]] for r in rest], "planted")
+    held_out = random_prompts([4] * 12, seed=5)
+    ahead = rt.project([[*r[:3], 5, r[3]] for r in held_out], [d]) - rt.project(
+        [[*r[:3], 9, r[3]] for r in held_out], [d]
+    )
+    assert float((ahead[:, 0] > 0).float().mean()) > 0.9
+    assert min(d.health["sign_agreement"]) > 0.7
+
+
+def test_one_pair_is_enough_for_a_direction_and_identical_pairs_raise(rt):
+    d = rt.extract_direction(POSITIVE[:1], NEGATIVE[:1], "x")
+    assert bool(torch.isfinite(d.vectors).all())
+    with pytest.raises(ValueError):
+        rt.extract_direction(POSITIVE[:3], POSITIVE[:3], "x")
+
+
+def test_chats_are_rendered_with_the_template(chat):
+    criterion = "You are an honest assistant.", "You are a dishonest assistant."
+    questions = ["what is the thing", "who", "and then?"]
+    sides = [[[{"role": "system", "content": c}, {"role": "user", "content": q}] for q in questions] for c in criterion]
+    d = chat.extract_direction(*sides, "honesty")
+    ids = [
+        [
+            chat.tokenizer(
+                f"<|bos|><|system|>{c}<|end|><|user|>{q}<|end|><|assistant|>", add_special_tokens=False
+            ).input_ids
+            for q in questions
+        ]
+        for c in criterion
+    ]
+    torch.testing.assert_close(d.vectors, chat.extract_direction(*ids, "honesty").vectors)
+    assert chat.encode(sides[0][0]) == ids[0][0]
+
+
+def test_encode_adds_no_second_bos(chat):
+    bos = chat.tokenizer.bos_token_id
+    assert chat.encode([{"role": "user", "content": "the"}]).count(bos) == 1
+    assert chat.encode([5, 6, 7]) == [5, 6, 7]
+    text = "<|bos|><|user|>the thing<|end|><|assistant|>"
+    assert chat.encode(text).count(bos) == 1
+
+
+def test_score_takes_text_ids_and_completions(chat):
+    prompt, text = "<|user|>the", "thing is on"
+    ids = chat.tokenizer(text, add_special_tokens=False).input_ids
+    one, two = chat.score([prompt, prompt], [text, ids])
+    assert one == two
+    expected = hooks.teacher_forced(tiny_llama(), chat.encode(prompt), ids)
+    torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
+
+
+def test_an_empty_completion_has_no_scores(rt):
+    empty, full = rt.score(PROMPTS[:2], [[], [3]])
+    assert (empty.token_ids, empty.logprobs, empty.entropies) == ([], [], [])
+    assert len(full.logprobs) == 1

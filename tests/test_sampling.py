@@ -1,0 +1,376 @@
+"""Sampling: transformers' processors say who survives, the design's noise says who wins, and the engine must agree.
+
+For every generated token the oracle takes transformers' logits (the whole sequence recomputed), transformers' own
+LogitsProcessors in the order of its ``generate``, and an independent Philox. No tolerance on tokens: a choice that
+rounding could decide (winner and runner-up within 1e-4) is counted, and there may hardly be any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from icon2_rt import Completion, Direction, Runtime, Steering
+from icon2_rt.ops.sample import RowSampling, process, sample, warp
+from tests import hooks, noise
+from tests.models import VOCAB, random_prompts, random_vectors, tiny_llama, tiny_qwen2, tiny_tokenizer
+
+PROMPTS = random_prompts([6, 1, 19, 8])
+NEUTRAL: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def rt() -> Runtime:
+    return Runtime(tiny_llama(), page_size=8, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chat() -> Runtime:
+    return Runtime(tiny_llama(), tiny_tokenizer(), page_size=8, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def steering() -> Steering:
+    return 5.0 * Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
+
+
+def processors(prompt_length: int, options: dict[str, Any]) -> LogitsProcessorList:
+    """What transformers' generate builds from these options, in its order."""
+    chain = LogitsProcessorList()
+    if options.get("repetition_penalty", 1.0) != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if options.get("min_new_tokens") and options.get("eos_token_id") is not None:
+        eos = torch.tensor(options["eos_token_id"]).reshape(-1)
+        chain.append(MinNewTokensLengthLogitsProcessor(prompt_length, options["min_new_tokens"], eos, device="cpu"))
+    if options.get("temperature", 1.0) != 1.0:
+        chain.append(TemperatureLogitsWarper(options["temperature"]))
+    if options.get("top_k"):
+        chain.append(TopKLogitsWarper(options["top_k"]))
+    if options.get("top_p", 1.0) < 1.0:
+        chain.append(TopPLogitsWarper(options["top_p"]))
+    if options.get("min_p"):
+        chain.append(MinPLogitsWarper(options["min_p"]))
+    return chain
+
+
+def check(oracle, prompt: list[int], completion: Completion, options: dict[str, Any], steering=None) -> int:
+    """Assert that every token is the one the oracle draws; returns how many choices were too close to call."""
+    rows = hooks.response_logits(oracle, prompt, completion.token_ids, steering)
+    chain = processors(len(prompt), options)
+    close = 0
+    for index, token in enumerate(completion.token_ids):
+        ids = torch.tensor([[*prompt, *completion.token_ids[:index]]])
+        scores = chain(ids, rows[index : index + 1].clone())[0]
+        drawn, margin = noise.choose(scores.numpy(), completion.seed, index)
+        close += margin < 1e-4
+        assert drawn == token or margin < 1e-4, f"token {index}: {token}, the oracle draws {drawn} (margin {margin:g})"
+    expected = rows.double().log_softmax(dim=-1)[range(len(rows)), completion.token_ids]
+    torch.testing.assert_close(torch.tensor(completion.logprobs).double(), expected, atol=1e-4, rtol=0)
+    return close
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 1.6": {"temperature": 1.6},
+    "top_k 5": {"top_k": 5},
+    "top_k beyond the vocabulary": {"top_k": 10_000},
+    "top_p 0.8": {"top_p": 0.8},
+    "top_p tiny": {"top_p": 0.01},
+    "min_p 0.1": {"min_p": 0.1},
+    "repetition_penalty 1.5": {"repetition_penalty": 1.5},
+    "repetition_penalty 0.8": {"repetition_penalty": 0.8},
+    "all of them": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    "eos": {"eos_token_id": [3, 9, 40, 77, 101], "temperature": 1.5},
+    "min_new_tokens": {"eos_token_id": list(range(60)), "min_new_tokens": 9, "temperature": 1.5},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_token_is_the_one_the_oracle_draws(rt, oracle, steering, name):
+    options = {**NEUTRAL, **OPTIONS[name]}
+    close = 0
+    for given in (None, steering, steering.with_scope("generated")):
+        for prompt, completion in zip(
+            PROMPTS, rt.generate(PROMPTS, given, max_new_tokens=24, seed=11, **options), strict=True
+        ):
+            close += check(oracle, prompt, completion, options, given)
+    assert close <= 2
+
+
+def test_greedy_with_penalty_and_minimum_length(rt, oracle):
+    options = {"repetition_penalty": 1.4, "min_new_tokens": 6, "eos_token_id": list(range(0, 128, 2))}
+    completions = rt.generate(PROMPTS, do_sample=False, max_new_tokens=24, **options)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        rows = hooks.response_logits(oracle, prompt, completion.token_ids, None)
+        chain = processors(len(prompt), options)
+        for index, token in enumerate(completion.token_ids):
+            ids = torch.tensor([[*prompt, *completion.token_ids[:index]]])
+            assert int(chain(ids, rows[index : index + 1].clone()).argmax()) == token
+        assert completion.seed is None
+        assert len(completion.token_ids) >= 7 or completion.finish_reason == "length"
+
+
+# --- who survives: the op against transformers' warpers --------------------------------------------------------------
+
+
+def neutral(rows: int, vocab: int, **changed: Any) -> RowSampling:
+    fields: dict[str, Any] = dict.fromkeys(
+        ("sampled", "seeds", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seen", "banned")
+    )
+    return RowSampling(**{**fields, **changed})
+
+
+def tied(scores: torch.Tensor) -> torch.Tensor:
+    """Rounded so that many entries are exactly equal: bf16 logits are like this."""
+    return (scores * 2).round() / 2
+
+
+@pytest.mark.parametrize("shape", [lambda s: s, tied], ids=["distinct", "tied"])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 20.0])
+def test_survivors_are_transformers_survivors(shape, scale):
+    rows, vocab = 40, 97
+    generator = torch.Generator().manual_seed(0)
+    logits = shape(scale * torch.randn(rows, vocab, generator=generator))
+    ids = torch.randint(vocab, (rows, 12), generator=generator)
+    seen = torch.zeros(rows, vocab, dtype=torch.bool).scatter_(1, ids, True)
+    draw = torch.rand(5, rows, generator=generator)
+    how = neutral(
+        rows,
+        vocab,
+        temperature=0.3 + 1.5 * draw[0],
+        top_k=(1 + draw[1] * 60).long(),
+        top_p=(0.05 + draw[2]).clamp(max=1.0),
+        min_p=0.3 * draw[3] ** 2,
+        repetition_penalty=0.7 + draw[4],
+        seen=seen,
+    )
+    got = warp(process(logits, how), how)
+    for row in range(rows):
+        options = {
+            name: float(getattr(how, name)[row]) for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+        }
+        options["top_k"] = int(how.top_k[row])
+        expected = processors(0, options)(ids[row : row + 1], logits[row : row + 1].clone())[0]
+        assert torch.equal(torch.isfinite(got[row]), torch.isfinite(expected)), options
+        kept = torch.isfinite(expected)
+        torch.testing.assert_close(got[row][kept], expected[kept], atol=1e-5, rtol=1e-5)
+        assert int(kept.sum()) >= 1
+
+
+def test_a_greedy_row_takes_the_first_maximum_and_ignores_the_noise():
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 1.0, 2.0, 5.0]])
+    tokens, logprobs = sample(logits, torch.zeros(2, dtype=torch.int64), neutral(2, 4))
+    assert tokens.tolist() == [1, 0]
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[[0, 1], [1, 0]])
+
+
+def test_frequencies_follow_the_softmax(rt, oracle):
+    """4000 seeds of one row: chi-square with about 30 classes stays below its 99.9th percentile (fixed seeds)."""
+    prompt, n = PROMPTS[0], 4000
+    completions = rt.generate([prompt] * n, max_new_tokens=1, seed=0, **NEUTRAL)
+    counts = np.bincount([c.token_ids[0] for c in completions], minlength=VOCAB)
+    p = hooks.logits(oracle, prompt)[-1].double().softmax(-1).numpy()
+    common = p * n >= 10
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(p[common], p[~common].sum()) * n
+    assert len(observed) > 20
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    degrees = len(observed) - 1
+    assert statistic < degrees + 3.1 * np.sqrt(2 * degrees) + 7  # Laurent and Massart, above the 99.9th percentile
+
+
+# --- seeds and noise -------------------------------------------------------------------------------------------------
+
+
+def test_row_seeds_are_those_of_the_design(rt):
+    completions = rt.generate(PROMPTS, max_new_tokens=2, seed=1234567890123, **NEUTRAL)
+    assert [c.seed for c in completions] == [noise.row_seed(1234567890123, i, 0) for i in range(len(PROMPTS))]
+    ids = [7, 2**33, 0, 5]
+    completions = rt.generate(PROMPTS, max_new_tokens=2, seed=3, sample_ids=ids, **NEUTRAL)
+    assert [c.seed for c in completions] == [noise.row_seed(3, i, 0) for i in ids]
+    branched = rt.generate_branches(PROMPTS, [None, None, None], max_new_tokens=2, seed=3, **NEUTRAL)
+    for i, output in enumerate(branched):
+        assert [c.seed for c in output.branches] == [noise.row_seed(3, i, b) for b in range(3)]
+        assert len({tuple(c.token_ids) for c in output.branches}) > 1
+    common = rt.generate_branches(PROMPTS, [None] * 3, max_new_tokens=2, seed=3, noise="common", **NEUTRAL)
+    for i, output in enumerate(common):
+        assert [c.seed for c in output.branches] == [noise.row_seed(3, i, None)] * 3
+
+
+def test_common_noise_differs_only_where_the_steering_made_it_differ(rt, steering):
+    options = {**NEUTRAL, "max_new_tokens": 20, "seed": 2, "noise": "common"}
+    for output in rt.generate_branches(PROMPTS, [None, None, steering, steering], **options):
+        one, two, three, four = output.branches
+        assert one.token_ids == two.token_ids
+        assert three.token_ids == four.token_ids
+        assert one.token_ids != three.token_ids
+
+
+def test_a_completions_seed_reproduces_the_row_alone(rt, steering):
+    options = {**NEUTRAL, "max_new_tokens": 16, "temperature": 0.9}
+    batch = rt.generate_branches(PROMPTS, [steering, None], seed=9, **options)
+    for output in batch:
+        for given, branch in zip((steering, None), output.branches, strict=True):
+            alone = rt.generate([output.prompt], given, seed=[branch.seed], **options)[0]
+            assert alone.token_ids == branch.token_ids
+            assert alone.seed == branch.seed
+
+
+def test_a_list_of_seeds_is_used_directly_prompt_major(rt):
+    seeds = [2**64 - 1, 5, 0, 2**32, 17, 4]
+    outputs = rt.generate_branches(PROMPTS[:3], [None, None], seed=seeds, max_new_tokens=3, **NEUTRAL)
+    assert [c.seed for o in outputs for c in o.branches] == seeds
+
+
+def test_the_same_seed_is_the_same_and_another_is_not(rt):
+    def draw(seed):
+        return [c.token_ids for c in rt.generate(PROMPTS, seed=seed, max_new_tokens=16, **NEUTRAL)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+    unseeded = rt.generate(PROMPTS, max_new_tokens=16, **NEUTRAL)
+    again = rt.generate(PROMPTS, seed=[c.seed for c in unseeded], max_new_tokens=16, **NEUTRAL)
+    assert [c.token_ids for c in again] == [c.token_ids for c in unseeded]
+
+
+def test_sample_ids_make_a_row_independent_of_its_place(rt):
+    order = [2, 0, 3, 1]
+    options = {**NEUTRAL, "seed": 4, "max_new_tokens": 12}
+    straight = rt.generate(PROMPTS, sample_ids=[10, 11, 12, 13], **options)
+    shuffled = rt.generate([PROMPTS[i] for i in order], sample_ids=[10 + i for i in order], **options)
+    assert [c.token_ids for c in shuffled] == [straight[i].token_ids for i in order]
+
+
+# --- where a response ends -------------------------------------------------------------------------------------------
+
+
+def test_eos_ends_a_row_and_is_kept(rt):
+    free = rt.generate(PROMPTS, do_sample=False, max_new_tokens=24)
+    eos = [free[0].token_ids[5], free[2].token_ids[9]]
+    for one in (eos, eos[0]):
+        wanted = [one] if isinstance(one, int) else one
+        for before, after in zip(
+            free, rt.generate(PROMPTS, do_sample=False, max_new_tokens=24, eos_token_id=one), strict=True
+        ):
+            ends = [i for i, t in enumerate(before.token_ids) if t in wanted]
+            stop = ends[0] + 1 if ends else 24
+            assert after.token_ids == before.token_ids[:stop]
+            torch.testing.assert_close(
+                torch.tensor(after.logprobs), torch.tensor(before.logprobs[:stop]), atol=1e-4, rtol=0
+            )
+            assert after.finish_reason == ("eos" if ends else "length")
+
+
+def test_eos_at_the_last_allowed_token_is_eos(rt):
+    free = rt.generate(PROMPTS[:1], do_sample=False, max_new_tokens=8)[0]
+    last = free.token_ids.index(free.token_ids[7]) + 1
+    stopped = rt.generate(PROMPTS[:1], do_sample=False, max_new_tokens=last, eos_token_id=free.token_ids[7])[0]
+    assert stopped.finish_reason == "eos"
+    assert len(stopped.token_ids) == last
+
+
+def test_the_models_generation_config_is_the_default():
+    model, oracle = tiny_qwen2(), tiny_qwen2()
+    free = hooks.greedy(oracle, PROMPTS[0], 24).token_ids
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_k=12,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        eos_token_id=[free[6]],
+        max_new_tokens=10,
+    )
+    rt = Runtime(model, device="cpu")
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.1}
+    drawn = rt.generate(PROMPTS, seed=0)
+    for prompt, completion in zip(PROMPTS, drawn, strict=True):
+        assert check(oracle, prompt, completion, {**options, "eos_token_id": [free[6]]}) == 0
+        assert len(completion.token_ids) == 10 or completion.finish_reason == "eos"
+    greedy = rt.generate(PROMPTS[:1], do_sample=False, repetition_penalty=1.0, max_new_tokens=24)[0]
+    assert greedy.token_ids == free[: free.index(free[6]) + 1]  # keywords override, the rest stays
+    base = GenerationConfig(do_sample=False, max_new_tokens=5)
+    assert rt.generate(PROMPTS[:1], generation_config=base)[0].token_ids == free[:5]
+    assert rt.generate(PROMPTS[:1], generation_config=base, max_new_tokens=4)[0].token_ids == free[:4]
+
+
+@pytest.mark.parametrize("option", [{"temperature": 0.9}, {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.2}])
+def test_a_sampling_option_means_sampling(rt, option):
+    assert rt.generate(PROMPTS[:1], max_new_tokens=2, **option)[0].seed is not None
+    assert rt.generate(PROMPTS[:1], max_new_tokens=2, do_sample=False, **option)[0].seed is None
+
+
+TEXTS = ["the thing is", "in", "on another line", "<|user|>what"]
+
+
+def test_stop_strings_also_across_tokens(chat):
+    """Any piece of what a row writes ends it at the token that completes the piece; the others go on."""
+    options = {"max_new_tokens": 40, "seed": 1, **NEUTRAL}
+    free = chat.generate(TEXTS, **options)
+    decode = chat.tokenizer.decode
+    pieces = {chat.tokenizer.decode(free[0].token_ids[i : i + n]) for i, n in [(6, 1), (10, 2), (20, 3), (30, 5)]}
+    pieces |= {decode(free[2].token_ids[12:14])[1:], decode(free[3].token_ids[3:6])[:-1]}
+    for piece in sorted(p for p in pieces if p.strip()):
+        ended = 0
+        for before, after in zip(free, chat.generate(TEXTS, stop_strings=[piece, "\x00never"], **options), strict=True):
+            stops = [n for n in range(1, 41) if piece in decode(before.token_ids[:n], skip_special_tokens=True)]
+            assert after.token_ids == before.token_ids[: stops[0] if stops else 40]
+            assert after.finish_reason == ("stop_string" if stops else "length")
+            assert after.text == decode(after.token_ids, skip_special_tokens=True)
+            ended += bool(stops)
+        assert ended >= 1
+
+
+def test_a_stop_string_may_be_given_alone(chat):
+    free = chat.generate(TEXTS[:1], do_sample=False, max_new_tokens=20)[0]
+    piece = chat.tokenizer.decode(free.token_ids[5:8])
+    stopped = chat.generate(TEXTS[:1], do_sample=False, max_new_tokens=20, stop_strings=piece)[0]
+    assert stopped.finish_reason == "stop_string"
+    assert len(stopped.token_ids) <= 8
+
+
+def test_a_stop_string_in_the_prompt_does_not_stop(chat):
+    free = chat.generate(["thing"], do_sample=False, max_new_tokens=10)[0]
+    assert "thing" not in free.text
+    assert chat.generate(["thing"], do_sample=False, max_new_tokens=10, stop_strings=["thing"])[0] == free
+
+
+def test_logprobs_are_of_the_raw_logits_whatever_the_options(rt, oracle):
+    options = {"temperature": 0.3, "top_k": 3, "repetition_penalty": 2.0}
+    for prompt, completion in zip(PROMPTS, rt.generate(PROMPTS, max_new_tokens=12, seed=0, **options), strict=True):
+        expected = hooks.teacher_forced(oracle, prompt, completion.token_ids).logprobs
+        torch.testing.assert_close(torch.tensor(completion.logprobs), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_score_gives_back_the_logprobs_of_generate(rt, steering):
+    for given in (None, steering, steering.with_scope("generated"), steering.with_scope("all")):
+        completions = rt.generate(PROMPTS, given, max_new_tokens=12, seed=0, **NEUTRAL)
+        for scores in (
+            rt.score(PROMPTS, completions, given),
+            rt.score(PROMPTS, [c.token_ids for c in completions], given),
+        ):
+            for completion, scored in zip(completions, scores, strict=True):
+                assert scored.token_ids == completion.token_ids
+                torch.testing.assert_close(
+                    torch.tensor(scored.logprobs), torch.tensor(completion.logprobs), atol=1e-4, rtol=0
+                )
