@@ -83,7 +83,9 @@ class Direction:
                 raise ValueError(f"direction {self.name!r}: scale holds NaN or infinity")
             hollow = ((scale != 0) & (lengths == 0)).nonzero().flatten().tolist()
             if hollow:
-                raise ValueError(f"direction {self.name!r}: scale is nonzero but the vector is zero at block(s) {hollow}")
+                raise ValueError(
+                    f"direction {self.name!r}: scale is nonzero but the vector is zero at block(s) {hollow}"
+                )
         unit = (lengths - 1).abs() < 1e-6  # already unit rows stay as they are, so that save -> load is equality
         lengths = torch.where((lengths == 0) | unit, 1.0, lengths)
         object.__setattr__(self, "vectors", (vectors.double() / lengths[:, None]).float().contiguous())
@@ -127,7 +129,9 @@ class Direction:
     def __mul__(self, strength: float | Sequence[float] | Tensor) -> Steering:
         alpha = _strength(strength, self) * self.scale
         if bool((torch.as_tensor(strength) != 0).any()) and not bool(alpha.any()):
-            raise ValueError(f"strength {strength!r} on direction {self.name!r}, which has no vector on the chosen blocks")
+            raise ValueError(
+                f"strength {strength!r} on direction {self.name!r}, which has no vector on the chosen blocks"
+            )
         return self._steer(alpha, torch.zeros(self.n_layers))
 
     __rmul__ = __mul__
@@ -275,7 +279,9 @@ class Steering:
                 raise TypeError(f"a Steering is a sum of Terms, not of {type(term).__name__}: write 0.1 * direction")
         shapes = {tuple(t.direction.vectors.shape) for t in self.terms}
         if len(shapes) > 1:
-            raise ValueError(f"directions of different models in one steering: [n_layers, hidden_size] are {sorted(shapes)}")
+            raise ValueError(
+                f"directions of different models in one steering: [n_layers, hidden_size] are {sorted(shapes)}"
+            )
 
     def with_scope(self, scope: Scope) -> Steering:
         """The same steering on other positions; see design: response | generated | all."""

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from icon2_rt.models.decoder import DecoderSpec, DecoderWeights, Family, LayerWeights, fingerprint, read_spec, take_weights
+from icon2_rt.models.decoder import (
+    DecoderSpec,
+    DecoderWeights,
+    Family,
+    LayerWeights,
+    fingerprint,
+    read_spec,
+    take_weights,
+)
 from icon2_rt.models.llama import LLAMA
 from icon2_rt.models.mistral import MISTRAL
 from icon2_rt.models.qwen2 import QWEN2

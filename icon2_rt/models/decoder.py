@@ -86,6 +86,11 @@ class DecoderWeights:
     inv_freq: Tensor  # [d / 2] fp32
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """transformers' module with the embedding, the blocks and the final norm (its attributes are untyped there)."""
+    return model.base_model
+
+
 def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
     """The sizes of ``model``, after every check that could make the result silently wrong.
 
@@ -102,7 +107,7 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
     wrong = {k: getattr(config, k) for k, v in required.items() if hasattr(config, k) and getattr(config, k) != v}
     if wrong:
         raise ValueError(
-            f"this {family.name} checkpoint has {wrong}, only {({k: required[k] for k in wrong})} is supported"
+            f"this {family.name} checkpoint has {wrong}, only { ({k: required[k] for k in wrong}) } is supported"
         )
     rope = dict(config.rope_parameters)
     if rope.get("rope_type", "default") not in ROPE_TYPES:
@@ -111,7 +116,9 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
         raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0")
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
-            raise ValueError(f"weight {name} is on the meta device: load the model without offloading (device_map=None)")
+            raise ValueError(
+                f"weight {name} is on the meta device: load the model without offloading (device_map=None)"
+            )
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"weight {name} is {tensor.dtype}; supported are float32, bfloat16 and float16")
     if model.config.num_attention_heads % model.config.num_key_value_heads:
@@ -128,7 +135,7 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
         max_position=config.max_position_embeddings,
         sliding_window=family.sliding_window(config),
         rms_norm_eps=config.rms_norm_eps,
-        rope_scaling=float(model.base_model.rotary_emb.attention_scaling),
+        rope_scaling=float(decoder_of(model).rotary_emb.attention_scaling),
         tied_embeddings=bool(config.tie_word_embeddings),
     )
 
@@ -139,7 +146,7 @@ def take_weights(model: PreTrainedModel, family: Family, device: torch.device, k
     A block's originals are released before the next block is touched, so the peak is the weights and one block.
     With ``keep_model`` nothing is released and the memory is twice the weights.
     """
-    base = model.base_model
+    base = decoder_of(model)
 
     def take(parameter: nn.Parameter) -> Tensor:
         tensor = parameter.detach().to(device)
@@ -193,7 +200,7 @@ def fingerprint(model: PreTrainedModel, spec: DecoderSpec) -> str:
         sample = tensor.detach().flatten()[:4096].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
 
-    base = model.base_model
+    base = decoder_of(model)
     feed(base.embed_tokens.weight)
     feed(base.norm.weight)
     for block in base.layers:

@@ -34,7 +34,9 @@ class AttentionItems:
     merge_mask: Tensor
 
 
-def grouped_decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, items: AttentionItems, scale: float) -> Tensor:
+def grouped_decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, items: AttentionItems, scale: float
+) -> Tensor:
     """One query position per row against the KV that its items name.
 
     Args:
@@ -85,9 +87,7 @@ class Segment:
     pages: Tensor
 
 
-def prefill_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Sequence[Segment], scale: float
-) -> Tensor:
+def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
     """Causal attention of packed prompts, each over its own pages.
 
     Args:

@@ -1,0 +1,98 @@
+"""The direction bank: every unit vector in use, once, on the device; rows refer to them by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icon2_rt.ops import RowSteering
+from icon2_rt.steering import CompiledSteering
+
+
+class DirectionBank:
+    """``vectors`` is ``[max_directions, n_layers, hidden]`` fp32; a slot is pinned while some call uses it."""
+
+    def __init__(self, max_directions: int, max_terms: int, n_layers: int, hidden_size: int, device: torch.device):
+        self.max_directions, self.max_terms = max_directions, max_terms
+        self.vectors = torch.zeros(max_directions, n_layers, hidden_size, device=device)
+        self._slot: dict[str, int] = {}  # content key → slot, least recently pinned first
+        self._pins: dict[str, int] = {}
+
+    def pin(self, steerings: Iterable[CompiledSteering | None]) -> list[str]:
+        """Bring the vectors of ``steerings`` into the bank and hold them until :meth:`unpin` of the returned keys.
+
+        Raises:
+            ValueError: more terms or more distinct directions than the runtime was made for.
+        """
+        wanted: dict[str, Tensor] = {}
+        for steering in steerings:
+            if steering is None:
+                continue
+            if steering.n_terms > self.max_terms:
+                raise ValueError(
+                    f"a steering has {steering.n_terms} terms, this runtime was made for max_terms={self.max_terms}: "
+                    f"pass max_terms={steering.n_terms} to Runtime"
+                )
+            wanted.update(zip(steering.keys, steering.vectors, strict=True))
+        held = {key for key, pins in self._pins.items() if pins}
+        if len(wanted.keys() | held) > self.max_directions:
+            raise ValueError(
+                f"{len(wanted.keys() | held)} distinct directions are needed at once, this runtime was made for "
+                f"max_directions={self.max_directions}: pass a larger max_directions to Runtime"
+            )
+        for key, vectors in wanted.items():
+            slot = self._slot.pop(key, None)
+            if slot is None:
+                slot = self._take_slot(held | wanted.keys())
+                self.vectors[slot].copy_(vectors)
+            self._slot[key] = slot
+            self._pins[key] = self._pins.get(key, 0) + 1
+        return list(wanted)
+
+    def unpin(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._pins[key] -= 1
+
+    def _take_slot(self, keep: set[str]) -> int:
+        if len(self._slot) < self.max_directions:
+            return len(self._slot)
+        oldest = next(key for key in self._slot if key not in keep)
+        del self._pins[oldest]
+        return self._slot.pop(oldest)
+
+    def row_steering(self, steerings: Sequence[CompiledSteering | None], which: Sequence[int]) -> RowSteering | None:
+        """What the rows need: row r has ``steerings[which[r]]``, or none where ``which[r]`` is -1 or that is None."""
+        distinct = [(i, s) for i, s in enumerate(steerings) if s is not None]
+        place = {i: n for n, (i, _) in enumerate(distinct)}
+        rows = np.array([place.get(i, -1) for i in which], dtype=np.int64)
+        if not distinct or not (rows >= 0).any():
+            return None
+        active = torch.stack([s.active for _, s in distinct]).numpy()
+        device = self.vectors.device
+        k = max(s.n_terms for _, s in distinct)
+        index = torch.zeros(len(distinct), k, dtype=torch.int64)
+        alpha = torch.zeros(len(distinct), k, self.vectors.shape[1])
+        beta = torch.zeros_like(alpha)
+        for n, (_, s) in enumerate(distinct):
+            index[n, : s.n_terms] = torch.tensor([self._slot[key] for key in s.keys])
+            alpha[n, : s.n_terms], beta[n, : s.n_terms] = s.alpha, s.beta
+        keep_norm = torch.tensor([s.keep_norm for _, s in distinct])
+        return RowSteering(
+            bank=self.vectors,
+            index=index.to(device),
+            alpha=alpha.to(device),
+            beta=beta.to(device),
+            keep_norm=keep_norm.to(device),
+            which=torch.from_numpy(rows).to(device),
+            rows=tuple(_rows_of(active[rows, layer] & (rows >= 0), device) for layer in range(active.shape[1])),
+            rescale=bool(keep_norm.any()),
+        )
+
+
+def _rows_of(acts: np.ndarray, device: torch.device) -> Tensor | slice | None:
+    if not acts.any():
+        return None
+    return slice(None) if acts.all() else torch.from_numpy(acts.nonzero()[0]).to(device)

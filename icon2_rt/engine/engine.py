@@ -1,0 +1,395 @@
+"""The engine: admits groups, prefills their prompts, decodes all rows together, hands back what is done.
+
+A group is admitted when the pages that its rows could ever need are free, so a running row never waits for memory and
+nothing is preempted; until then it waits in order. Everything that can be refused is refused before work starts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icon2_rt.engine.bank import DirectionBank
+from icon2_rt.engine.batch import Batch, may_end
+from icon2_rt.engine.forward import Model, logits
+from icon2_rt.engine.kv import KVPages, page_bytes, plan_pages
+from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
+from icon2_rt.engine.rows import PinnedPrefix, Request, Row
+from icon2_rt.outputs import FinishReason
+from icon2_rt.steering import CompiledSteering
+
+# text of token ids, special tokens left out; for stop strings
+Decode = Callable[[Sequence[int]], str]
+# source page, target page, blocks
+PageCopy = tuple[int, int, slice]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes that are fixed when a runtime is made. ``kv_memory`` in bytes, or None: what is free."""
+
+    kv_memory: int | str | None = None
+    page_size: int = 64
+    split_pages: int = 1
+    max_rows: int = 64
+    max_directions: int = 64
+    max_terms: int = 8
+    prefill_chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "split_pages", "max_rows", "max_directions", "max_terms", "prefill_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The pages of one group, counted before they are taken: ``shared`` full pages of the prompt (``reused`` of them
+    from a pinned prefix) for the first copy, the same number for each further copy, ``own`` for every row."""
+
+    shared: int
+    reused: int
+    own: int
+    copies: int
+    rows: int
+
+    @property
+    def pages(self) -> int:
+        return self.shared * self.copies - self.reused + self.own * self.rows
+
+
+class Engine:
+    """KV memory, the direction bank and the loop over both. One per runtime; calls may nest (a stream may be open
+    while another call runs), each sees only its own rows."""
+
+    def __init__(self, model: Model, options: EngineOptions):
+        spec = model.spec
+        self.model, self.options = model, options
+        n_pages = plan_pages(spec, options.page_size, model.dtype, model.device, options.kv_memory)
+        self.kv = KVPages(spec, n_pages, options.page_size, model.dtype, model.device)
+        self.bank = DirectionBank(
+            options.max_directions, options.max_terms, spec.n_layers, spec.hidden_size, model.device
+        )
+
+    # ---------------------------------------------------------------- decoding
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse what can never run.
+
+        Raises:
+            ValueError: a group needs more pages than there are; the message holds the arithmetic.
+        """
+        for request in requests:
+            plan = self._plan(request)
+            self._check_fits(
+                plan.pages + plan.reused,
+                f"prompt {request.index}: {plan.rows} branch(es) of {len(request.tokens)} prompt + {request.budget} new tokens",
+                f"{plan.shared} shared × {plan.copies} version(s) of the prompt + {plan.own} own × {plan.rows}",
+            )
+
+    def decode(self, requests: Sequence[Request], decode: Decode | None = None) -> Iterator[tuple[Request, list[Row]]]:
+        """Run ``requests``; yields each with its finished rows when the last of them is done.
+
+        Rows run together, at most ``max_rows`` at once (a larger group runs by itself). The schedule follows from the
+        requests and the options alone. Closing the iterator gives all pages back.
+        """
+        self.check(requests)
+        pinned = self.bank.pin(b.steering for r in requests for b in r.branches)
+        waiting = deque(requests)
+        groups: dict[int, list[Row]] = {}
+        running: list[Row] = []
+        try:
+            batch = None
+            while waiting or running:
+                joined = self._admit(waiting, len(running))
+                if joined:
+                    for rows in joined:
+                        groups[id(rows[0].request)] = rows
+                        running += rows
+                    batch = None
+                if not running:  # nothing of ours will free a page: somebody else holds them
+                    self._check_free(self._plan(waiting[0]).pages)
+                if batch is None:
+                    batch = Batch(self.model, self.kv, self.bank, self.options.split_pages, running)
+                tokens, logprobs = batch.step()
+                done = []
+                for row, token, logprob in zip(running, tokens, logprobs, strict=True):
+                    before = (row.steering, may_end(row))
+                    row.token = token
+                    row.position += 1
+                    row.tokens.append(token)
+                    row.logprobs.append(logprob)
+                    row.finish = _finish_reason(row, decode)
+                    if row.finish is not None:
+                        done.append(row)
+                    elif before != (row.steering, may_end(row)):
+                        batch = None
+                if done:
+                    batch = None
+                    running = [row for row in running if row.finish is None]
+                    for row in done:
+                        self.kv.release(row.pages)
+                    for key in dict.fromkeys(id(row.request) for row in done):
+                        if all(row.finish is not None for row in groups[key]):
+                            rows = groups.pop(key)
+                            yield rows[0].request, rows
+        finally:
+            for row in running:
+                if row.finish is None:
+                    self.kv.release(row.pages)
+            self.bank.unpin(pinned)
+
+    def _plan(self, request: Request) -> _Plan:
+        kv = self.kv
+        full = (len(request.tokens) - 1) // kv.page_size
+        copies = len(self._versions(request)[1])
+        own = kv.pages_for(request.positions) - full
+        return _Plan(full, request.reused // kv.page_size, own, copies, len(request.branches))
+
+    def _versions(self, request: Request) -> tuple[int | None, list[int]]:
+        """l* (None: nothing forks), and the first branch of each distinct version of the prompt's later KV."""
+        steerings = request.prompt_steerings
+        fork = fork_layer(steerings, self.model.spec.n_layers)
+        if fork is None:
+            return None, [0]
+        first: dict[object, int] = {}
+        for n, steering in enumerate(steerings):
+            first.setdefault(steering.identity if steering else None, n)
+        return fork, list(first.values())
+
+    def _admit(self, waiting: deque[Request], n_running: int) -> list[list[Row]]:
+        """Take groups from the front while they fit; prefill them together."""
+        admitted: list[list[Row]] = []
+        jobs: list[Prefill] = []
+        partial: list[PageCopy] = []
+        while waiting:
+            request = waiting[0]
+            n_rows = n_running + sum(map(len, admitted))
+            if n_rows and n_rows + len(request.branches) > self.options.max_rows:
+                break
+            if self._plan(request).pages > self.kv.free_pages:
+                break
+            rows, job, copies = self._open(request)
+            waiting.popleft()
+            admitted.append(rows)
+            jobs.append(job)
+            partial += copies
+        if admitted:
+            try:
+                run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk)
+                for source, target, blocks in partial:
+                    self.kv.copy(source, target, blocks)
+            except BaseException:
+                for rows in admitted:
+                    for row in rows:
+                        self.kv.release(row.pages)
+                raise
+        return admitted
+
+    def _open(self, request: Request) -> tuple[list[Row], Prefill, list[PageCopy]]:
+        """Give a group its pages: the rows, the prefill that fills them, and the copies that follow it, by which each
+        row gets a last, partly filled page of its own."""
+        kv, plan = self.kv, self._plan(request)
+        fork, firsts = self._versions(request)
+        last = len(request.tokens) - 1
+        reused = list(request.prefix.pages[: plan.reused]) if request.prefix else []
+        kv.retain(reused)
+        versions = [reused + kv.allocate(plan.shared - plan.reused), *(kv.allocate(plan.shared) for _ in firsts[1:])]
+        steerings = request.prompt_steerings
+        identities = [steering and steering.identity for steering in steerings]
+        rows, version_of = [], []
+        for n in range(plan.rows):
+            version = 0 if fork is None else next(v for v, f in enumerate(firsts) if identities[f] == identities[n])
+            own = kv.allocate(plan.own)
+            low = versions[0] + own
+            high = low if version == 0 else versions[version] + own
+            kv.retain({*versions[0], *versions[version]})
+            boundary = self.model.spec.n_layers - 1 if fork is None else fork
+            rows.append(Row(request, n, low, high, boundary, last, request.tokens[last]))
+            version_of.append(version)
+        for pages in versions:
+            kv.release(pages)  # the rows hold them now
+        start = request.reused
+        if request.prefix is not None and start % kv.page_size:
+            # The part of the pinned prefix that does not fill a page is copied, and continued.
+            kv.copy(request.prefix.pages[start // kv.page_size], rows[0].low[start // kv.page_size])
+        copies: list[PageCopy] = []
+        if last % kv.page_size:
+            for n, row in enumerate(rows):
+                first = firsts[version_of[n]]
+                if n != 0:
+                    blocks = slice(None) if fork is None else slice(fork + 1)
+                    copies.append((rows[0].low[plan.shared], row.low[plan.shared], blocks))
+                if fork is not None and n != first:
+                    copies.append((rows[first].low[plan.shared], row.low[plan.shared], slice(fork + 1, None)))
+        job = Prefill(request.tokens, start, last, [Copy(steerings[f], rows[f].high) for f in firsts], fork)
+        return rows, job, copies
+
+    # ---------------------------------------------------------------- prefixes
+
+    def pin(self, tokens: Sequence[int]) -> PinnedPrefix:
+        """Prefill ``tokens``, unsteered, and hold their pages until :meth:`unpin`.
+
+        Raises:
+            ValueError: more pages than there are. RuntimeError: more than are free now.
+        """
+        n = self.kv.pages_for(len(tokens))
+        self._check_fits(n, f"a prefix of {len(tokens)} tokens", f"{len(tokens)} / {self.kv.page_size}, rounded up")
+        self._check_free(n)
+        pages = self.kv.allocate(n)
+        try:
+            job = Prefill(tokens, 0, len(tokens), [Copy(None, pages)])
+            run_prefill(self.model, self.kv, self.bank, [job], self.options.prefill_chunk)
+        except BaseException:
+            self.kv.release(pages)
+            raise
+        return PinnedPrefix(tuple(tokens), tuple(pages))
+
+    def unpin(self, prefix: PinnedPrefix) -> None:
+        self.kv.release(prefix.pages)
+
+    # ---------------------------------------------------------------- reading
+
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        visit: Callable[[list[int], int, Tensor], None],
+        prefix: PinnedPrefix | None = None,
+    ) -> Iterator[list[int]]:
+        """Show the residual stream of every prompt's last token: ``visit(prompt indices [n], layer, h [n, hidden])``
+        after each block, a batch of prompts at a time. Yields the indices of each batch."""
+
+        def observe(jobs: list[int], pieces: list[tuple[int, int, int]], layer: int, h: Tensor) -> None:
+            begin, rows, whose = 0, [], []
+            for n, start, end in pieces:
+                begin += end - start
+                if end == len(prompts[jobs[n]]):
+                    rows.append(begin - 1)
+                    whose.append(jobs[n])
+            if rows:
+                visit(whose, layer, h[torch.tensor(rows, device=h.device)])
+
+        starts = [min(len(prefix.tokens), len(p) - 1) if prefix else 0 for p in prompts]
+        for jobs, tables in self._borrow([len(p) for p in prompts]):
+            work = []
+            for n, pages in zip(jobs, tables, strict=True):
+                if prefix is not None:
+                    count = self.kv.pages_for(starts[n])
+                    self.kv.copy(prefix.pages[:count], pages[:count])
+                work.append(Prefill(prompts[n], starts[n], len(prompts[n]), [Copy(None, pages)]))
+            run_prefill(
+                self.model, self.kv, self.bank, work, self.options.prefill_chunk,
+                observe=lambda pieces, layer, h, jobs=jobs: observe(jobs, pieces, layer, h),
+            )  # fmt: skip
+            yield jobs
+
+    def score(
+        self, sequences: Sequence[tuple[Sequence[int], int, CompiledSteering | None]]
+    ) -> Iterator[tuple[int, list[float], list[float]]]:
+        """Teacher-forced figures of sequences (tokens, number of prompt tokens, steering): yields (index,
+        log-probability of each completion token, entropy in nats of the distribution that it came from)."""
+        pinned = self.bank.pin(steering for *_, steering in sequences)
+        try:
+            for jobs, tables in self._borrow([len(tokens) for tokens, *_ in sequences]):
+                work = []
+                for n, pages in zip(jobs, tables, strict=True):
+                    tokens, n_prompt, steering = sequences[n]
+                    scope = steering.scope if steering is not None else "all"
+                    begin = {"all": 0, "response": n_prompt - 1, "generated": n_prompt}[scope]
+                    work.append(Prefill(tokens, 0, len(tokens) - 1, [Copy(steering, pages, begin)]))
+                figures: dict[int, tuple[list[float], list[float]]] = {n: ([], []) for n in jobs}
+
+                def collect(
+                    pieces: list[tuple[int, int, int]], h: Tensor, jobs: list[int] = jobs, figures: dict = figures
+                ) -> None:
+                    begin = 0
+                    for n, start, end in pieces:
+                        tokens, n_prompt, _ = sequences[jobs[n]]
+                        first = max(start, n_prompt - 1)
+                        if first < end:
+                            states = h[begin + first - start : begin + end - start]
+                            logprobs, entropies = self._figures(states, tokens[first + 1 : end + 1])
+                            figures[jobs[n]][0].extend(logprobs)
+                            figures[jobs[n]][1].extend(entropies)
+                        begin += end - start
+
+                run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, outputs=collect)
+                for n in jobs:
+                    yield n, *figures[n]
+        finally:
+            self.bank.unpin(pinned)
+
+    def _figures(self, h: Tensor, targets: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Log-probabilities of ``targets`` and entropies, from final states ``[n, hidden]``, a few rows at a time:
+        the logits of a long completion would be larger than the model."""
+        logprobs: list[float] = []
+        entropies: list[float] = []
+        for begin in range(0, len(targets), 256):
+            scores = logits(self.model, h[begin : begin + 256]).float().log_softmax(dim=-1)
+            wanted = torch.tensor(targets[begin : begin + 256], device=h.device)
+            logprobs += scores.gather(1, wanted[:, None])[:, 0].tolist()
+            entropies += torch.special.entr(scores.exp()).sum(dim=-1).tolist()
+        return logprobs, entropies
+
+    def _borrow(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Batches of sequences (about a chunk of tokens each) with pages for the time of one loop body."""
+        for n, length in enumerate(lengths):
+            need = self.kv.pages_for(length)
+            self._check_fits(need, f"prompt {n} of {length} tokens", f"{length} / {self.kv.page_size}, rounded up")
+        n = 0
+        while n < len(lengths):
+            jobs: list[int] = []
+            tables: list[list[int]] = []
+            tokens = 0
+            while n < len(lengths) and (not jobs or tokens + lengths[n] <= self.options.prefill_chunk):
+                need = self.kv.pages_for(lengths[n])
+                if need > self.kv.free_pages:
+                    if not jobs:
+                        self._check_free(need)
+                    break
+                tables.append(self.kv.allocate(need))
+                jobs.append(n)
+                tokens += lengths[n]
+                n += 1
+            try:
+                yield jobs, tables
+            finally:
+                for pages in tables:
+                    self.kv.release(pages)
+
+    # ---------------------------------------------------------------- memory
+
+    def _check_fits(self, pages: int, what: str, arithmetic: str) -> None:
+        if pages > self.kv.n_pages:
+            each = page_bytes(self.model.spec, self.kv.page_size, self.model.dtype)
+            raise ValueError(
+                f"{what} need(s) {pages} KV pages ({arithmetic}) of {self.kv.page_size} tokens, and there are "
+                f"{self.kv.n_pages} in all ({self.kv.n_pages * each / 2**20:.1f} MiB of KV memory; this needs "
+                f"{pages * each / 2**20:.1f} MiB). Ask for fewer tokens or branches, or a larger kv_memory."
+            )
+
+    def _check_free(self, pages: int) -> None:
+        if pages > self.kv.free_pages:
+            raise RuntimeError(
+                f"{pages} KV pages are needed and {self.kv.free_pages} of {self.kv.n_pages} are free: the others are held "
+                f"by an open stream or by rt.prefix(...). Finish or close it first, or use a larger kv_memory."
+            )
+
+
+def _finish_reason(row: Row, decode: Decode | None) -> FinishReason | None:
+    """Why a row ends with the token it just got, if it does: eos first, then a stop string, then the budget."""
+    sampling = row.request.sampling
+    if row.token in sampling.eos_token_ids:
+        return "eos"
+    if sampling.stop_strings and decode is not None:
+        # A token is at least one byte of text, so this many tokens surely hold a stop string that ends in the last one.
+        window = max(len(s.encode()) for s in sampling.stop_strings) + 4
+        text = decode(row.tokens[-window:])
+        if any(s in text for s in sampling.stop_strings):
+            return "stop_string"
+    return "length" if len(row.tokens) >= row.request.budget else None

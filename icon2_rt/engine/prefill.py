@@ -1,0 +1,200 @@
+"""Prefill: many prompts packed into one pass, chunk by chunk, forked where the branches' steerings part.
+
+The same pass serves generation (KV only), reading (the last token's state after every block) and scoring (the
+distribution at every position of a completion): they differ in what looks at the stream.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from icon2_rt.engine.bank import DirectionBank
+from icon2_rt.engine.forward import Model, Observe, embed, finish, rotary, run_blocks
+from icon2_rt.engine.kv import KVPages
+from icon2_rt.ops import Segment
+from icon2_rt.steering import CompiledSteering
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One version of a prompt's KV: how its positions from ``steer_from`` on are steered, and the pages it is in."""
+
+    steering: CompiledSteering | None
+    pages: Sequence[int]
+    steer_from: int = 0
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Positions ``[start, end)`` of one prompt. Blocks up to ``fork`` are computed once, into the first copy's pages;
+    later blocks once per copy, each into its own pages. ``fork`` is the design's l*; without one there is one copy."""
+
+    tokens: Sequence[int]
+    start: int
+    end: int
+    copies: Sequence[Copy]
+    fork: int | None = None
+
+
+@dataclass
+class _Pack:
+    """The pieces of one pass: a piece is a job's positions [start, end)."""
+
+    pieces: list[tuple[int, int, int]] = field(default_factory=list)  # (job, start, end)
+    n_tokens: int = 0
+
+
+# (jobs and positions of every row, its final normed state [rows, hidden])
+Outputs = Callable[[list[tuple[int, int, int]], Tensor], None]
+
+
+def fork_layer(steerings: Sequence[CompiledSteering | None], n_layers: int) -> int | None:
+    """l*: the lowest block after which the prompts' steerings differ; None where later blocks' KV stays common.
+
+    A difference after the last block changes no KV.
+    """
+
+    def at(steering: CompiledSteering | None, layer: int) -> object:
+        if steering is None or not bool(steering.active[layer]):
+            return None
+        terms = zip(steering.keys, steering.alpha[:, layer].tolist(), steering.beta[:, layer].tolist(), strict=True)
+        return (steering.keep_norm, tuple((k, a, b) for k, a, b in terms if a or b))
+
+    for layer in range(n_layers - 1):
+        if len({at(s, layer) for s in steerings}) > 1:
+            return layer
+    return None
+
+
+def run_prefill(
+    model: Model,
+    kv: KVPages,
+    bank: DirectionBank,
+    jobs: Sequence[Prefill],
+    chunk: int,
+    *,
+    observe: Callable[[list[tuple[int, int, int]], int, Tensor], None] | None = None,
+    outputs: Outputs | None = None,
+) -> None:
+    """Compute the KV of all ``jobs`` into their pages, at most ``chunk`` tokens a pass.
+
+    Args:
+        observe: called as ``observe(pieces, layer, h)`` after every block, ``h [tokens, hidden]`` being the pieces
+            ``(job, start, end)`` one after the other. outputs: called with the final normed states instead of stopping
+            at the last block's KV. Both need jobs without a fork.
+    """
+    by_fork: dict[int | None, list[int]] = defaultdict(list)
+    for n, job in enumerate(jobs):
+        if job.end > job.start:
+            by_fork[job.fork].append(n)
+    for fork, members in by_fork.items():
+        for pack in _packs(jobs, members, chunk):
+            with torch.inference_mode():
+                _run_pack(model, kv, bank, jobs, pack.pieces, fork, observe, outputs)
+
+
+def _packs(jobs: Sequence[Prefill], members: Sequence[int], chunk: int) -> Iterator[_Pack]:
+    """Fill passes of ``chunk`` tokens. A prompt is cut at absolute multiples of ``chunk`` only, whatever its
+    neighbours, so that the same positions are always computed in the same pieces."""
+    pack = _Pack()
+    for n in members:
+        start = jobs[n].start
+        while start < jobs[n].end:
+            end = min(jobs[n].end, (start // chunk + 1) * chunk)
+            if pack.pieces and pack.n_tokens + end - start > chunk:
+                yield pack
+                pack = _Pack()
+            pack.pieces.append((n, start, end))
+            pack.n_tokens += end - start
+            start = end
+    if pack.pieces:
+        yield pack
+
+
+def _run_pack(
+    model: Model,
+    kv: KVPages,
+    bank: DirectionBank,
+    jobs: Sequence[Prefill],
+    pieces: list[tuple[int, int, int]],
+    fork: int | None,
+    observe: Callable[[list[tuple[int, int, int]], int, Tensor], None] | None,
+    outputs: Outputs | None,
+) -> None:
+    n_layers, device = model.spec.n_layers, model.device
+    tokens = torch.tensor([t for n, start, end in pieces for t in jobs[n].tokens[start:end]], device=device)
+    watch: Observe | None = None if observe is None else (lambda layer, h: observe(pieces, layer, h))
+
+    def lay_out(copies: list[tuple[int, int, int, Copy]]) -> tuple[Tensor, Tensor, Callable[[int, Tensor], Tensor]]:
+        """Positions, slots and attention of pieces (job, start, end) with the copy that they are computed for."""
+        positions = torch.cat([torch.arange(start, end) for _, start, end, _ in copies])
+        slots, segments, begin = [], [], 0
+        for _, start, end, copy in copies:
+            pages = torch.tensor(copy.pages[: kv.pages_for(end)])
+            at = torch.arange(start, end)
+            slots.append(pages[at // kv.page_size] * kv.page_size + at % kv.page_size)
+            segments.append(Segment(begin, begin + end - start, start, pages.to(device)))
+            begin += end - start
+        scale = model.spec.head_dim**-0.5
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], segments, scale)
+
+        return positions.to(device), torch.cat(slots).to(device), attend
+
+    def steer(copies: list[tuple[int, int, int, Copy]]):
+        which = [
+            n if position >= copy.steer_from else -1
+            for n, (_, start, end, copy) in enumerate(copies)
+            for position in range(start, end)
+        ]
+        return bank.row_steering([copy.steering for *_, copy in copies], which)
+
+    shared = [(n, start, end, jobs[n].copies[0]) for n, start, end in pieces]
+    positions, slots, attend = lay_out(shared)
+    rope = rotary(model, positions)
+    stream = embed(model, tokens)
+    if fork is None:
+        steering = steer(shared) if any(copy.steering for *_, copy in shared) else None
+        stream = run_blocks(
+            model,
+            stream,
+            range(n_layers),
+            rope,
+            kv,
+            slots,
+            attend,
+            steering,
+            watch,
+            kv_only=outputs is None and watch is None,
+        )
+        if outputs is not None or watch is not None:
+            h = finish(model, stream, steering, watch)
+            if outputs is not None:
+                outputs(pieces, h)
+        return
+    # Up to block l* the copies agree, also in what is added after the blocks before l*.
+    stream = run_blocks(model, stream, range(fork + 1), rope, kv, slots, attend, steer(shared))
+    forked, rows, begin = [], [], 0
+    for n, start, end in pieces:
+        for copy in jobs[n].copies:
+            forked.append((n, start, end, copy))
+            rows.append(torch.arange(begin, begin + end - start))
+        begin += end - start
+    positions, slots, attend = lay_out(forked)
+    run_blocks(
+        model,
+        stream.take(torch.cat(rows).to(device)),
+        range(fork + 1, n_layers),
+        rotary(model, positions),
+        kv,
+        slots,
+        attend,
+        steer(forked),
+        kv_only=True,
+    )

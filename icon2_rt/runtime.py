@@ -1,0 +1,615 @@
+"""Runtime: the face of the engine. It checks what it is given, turns prompts into requests and rows into outputs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from icon2_rt import models
+from icon2_rt.engine import Branch, Engine, EngineOptions, Model, PinnedPrefix, Request, Row, Sampling, resolve_sampling
+from icon2_rt.extraction import ContrastStatistics
+from icon2_rt.ops import row_seeds, select
+from icon2_rt.outputs import BranchedOutput, Completion, PairedOutput, Prompt, Scored
+from icon2_rt.prompts import Encoder, is_chat
+from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
+
+Steerings = Steering | None | Sequence[Steering | None]
+Noise = Literal["independent", "common"]
+
+
+class Runtime:
+    """A model that decodes steered branches, several of one prompt in a single pass over one prompt KV.
+
+    Args:
+        model: a loaded transformers model of a supported family. Its weights are taken over block by block and the
+            original is left empty, unless ``keep_model`` (twice the memory).
+        tokenizer: its tokenizer; without one, prompts are token ids and completions have no text.
+        device: ``"auto"`` (CUDA where there is one), or a torch device.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+        kv_memory: bytes (or ``"8GiB"``) for KV pages; None: half of the free RAM, or 90 % of what a GPU has free.
+        max_rows: rows decoded together; further ones wait. page_size: tokens a KV page.
+        split_pages: pages an attention split (positions that are read together). prefill_chunk: tokens a prefill pass.
+        max_directions, max_terms: the direction bank's slots, and the most terms of one steering.
+
+    Raises:
+        ValueError: an unsupported architecture, quantised weights, a backend that cannot run here, a bad size.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        keep_model: bool = False,
+        kv_memory: int | str | None = None,
+        max_rows: int = 64,
+        max_directions: int = 64,
+        max_terms: int = 8,
+        page_size: int = 64,
+        split_pages: int = 1,
+        prefill_chunk: int = 2048,
+    ):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model must be a loaded transformers model, not {type(model).__name__}; "
+                f"for a path or hub id use Runtime.from_pretrained({model!r})"
+            )
+        options = EngineOptions(
+            kv_memory=kv_memory, page_size=page_size, split_pages=split_pages, max_rows=max_rows,
+            max_directions=max_directions, max_terms=max_terms, prefill_chunk=prefill_chunk,
+        )  # fmt: skip
+        family = models.family_of(model)
+        where = _device(device)
+        ops = select(backend, where)
+        self.spec = models.read_spec(model, family)
+        self.fingerprint = models.fingerprint(model, self.spec)
+        self.name = str(model.config._name_or_path or type(model).__name__)
+        self.tokenizer = tokenizer
+        self.generation_config = model.generation_config
+        self.options = options
+        weights = models.take_weights(model, family, where, keep_model)
+        self._engine = Engine(Model(self.spec, weights, ops), options)
+        self._encoder = Encoder(tokenizer, self.spec.vocab_size, self.spec.max_length)
+        self._warned: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Runtime:
+        """Load a checkpoint (a folder or a hub id).
+
+        Args:
+            kwargs: the runtime's own options (``kv_memory=``, ``max_rows=`` …); all others go to transformers'
+                ``from_pretrained`` (``dtype=``, ``revision=`` …). The default dtype is the checkpoint's.
+
+        Raises:
+            ValueError: an unsupported architecture; the message lists the supported ones. OSError: not found.
+        """
+        own = {k: kwargs.pop(k) for k in list(kwargs) if k in _RUNTIME_OPTIONS}
+        shared = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
+        }
+        config = AutoConfig.from_pretrained(path, **shared)
+        for architecture in config.architectures or [type(config).__name__]:
+            models.find_family(architecture)  # before gigabytes are read
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+        return cls(model, tokenizer, device=device, backend=backend, **own)
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._engine.model.dtype
+
+    @property
+    def backend(self) -> str:
+        return self._engine.model.ops.backend
+
+    @property
+    def kv_pages(self) -> int:
+        """Pages of KV memory in all; :attr:`free_kv_pages` of them are free now."""
+        return self._engine.kv.n_pages
+
+    @property
+    def free_kv_pages(self) -> int:
+        return self._engine.kv.free_pages
+
+    @property
+    def page_size(self) -> int:
+        return self._engine.kv.page_size
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of one prompt, exactly as ``generate`` uses them."""
+        return self._encoder.encode(prompt)
+
+    def __repr__(self) -> str:
+        s = self.spec
+        return (
+            f"Runtime({self.name!r}, {s.family}, {s.n_layers} blocks × {s.hidden_size}, {str(self.dtype)[6:]} on "
+            f"{self.device}, backend {self.backend}, {self.kv_pages} KV pages of {self.page_size})"
+        )
+
+    # ---------------------------------------------------------------- generating
+
+    def generate(self, prompts: Sequence[Prompt], steering: Steerings = None, **options: Any) -> list[Completion]:
+        """One completion per prompt, in order.
+
+        Args:
+            prompts: a list of texts, chats (lists of messages) or lists of token ids.
+            steering: one for all prompts, or a list with one per prompt; None = unsteered.
+            options: see :meth:`generate_branches`.
+        """
+        outputs = self.generate_branches(prompts, [steering], **options)
+        return [output.branches[0] for output in outputs]
+
+    def generate_branches(
+        self,
+        prompts: Sequence[Prompt],
+        branches: Sequence[Steerings],
+        *,
+        prefix: Prefix | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Noise = "independent",
+        sample_ids: Sequence[int] | None = None,
+        generation_config: GenerationConfig | None = None,
+        progress: bool = False,
+        **sampling: Any,
+    ) -> list[BranchedOutput]:
+        """K continuations of every prompt, decoded in lock-step over one copy of the prompt's KV.
+
+        Args:
+            prompts: a list of texts, chats (lists of messages) or lists of token ids.
+            branches: K entries, each a steering for all prompts (None = unsteered) or a list with one per prompt.
+            prefix: of :meth:`prefix`, which every prompt continues.
+            seed: one for the call (a random one if not given), or a list of row seeds, one per prompt and branch,
+                prompt by prompt.
+            noise: "common" gives the branches of a prompt the same random numbers.
+            sample_ids: one per prompt, in place of its index, in the derivation of row seeds.
+            generation_config: replaces the model's own as the base of the sampling options.
+            sampling: transformers' names: max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
+                repetition_penalty, eos_token_id, stop_strings. They win over the config. Unset ones have
+                transformers' defaults (when sampling: top_k=50).
+
+        Raises:
+            TypeError, ValueError: before any work; the message names the argument and what would be right.
+        """
+        outputs: list[BranchedOutput | None] = [None] * len(prompts)
+        for output in self._stream(
+            prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
+            generation_config=generation_config, progress=progress, sampling=sampling,
+        ):  # fmt: skip
+            outputs[output.index] = output
+        return [output for output in outputs if output is not None]
+
+    def generate_pairs(
+        self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
+    ) -> list[PairedOutput]:
+        """A positive and a negative branch of every prompt, in one pass. Options as in :meth:`generate_branches`."""
+        outputs = self.generate_branches(prompts, [positive, negative], **options)
+        return [PairedOutput(o.index, o.prompt, *o.branches) for o in outputs]
+
+    def stream_pairs(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        positive: Steerings,
+        negative: Steerings,
+        prefix: Prefix | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Noise = "independent",
+        sample_ids: Sequence[int] | None = None,
+        generation_config: GenerationConfig | None = None,
+        progress: bool = False,
+        **sampling: Any,
+    ) -> Iterator[PairedOutput]:
+        """:meth:`generate_pairs`, each pair as soon as both branches are done; ``pair.index`` is its prompt's place.
+
+        Arguments are checked at the call, not at the first pair.
+        """
+        outputs = self._stream(
+            prompts, [positive, negative], prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
+            generation_config=generation_config, progress=progress, sampling=sampling,
+        )  # fmt: skip
+        return (PairedOutput(o.index, o.prompt, *o.branches) for o in outputs)
+
+    def _stream(
+        self,
+        prompts: Sequence[Prompt],
+        branches: Sequence[Steerings],
+        *,
+        prefix: Prefix | None,
+        seed: int | Sequence[int] | None,
+        noise: Noise,
+        sample_ids: Sequence[int] | None,
+        generation_config: GenerationConfig | None,
+        progress: bool,
+        sampling: dict[str, Any],
+    ) -> Iterator[BranchedOutput]:
+        """Check everything, then return the iterator that does the work."""
+        options = resolve_sampling(
+            generation_config if generation_config is not None else self.generation_config,
+            sampling,
+            vocab_size=self.spec.vocab_size,
+            default_eos=getattr(self.tokenizer, "eos_token_id", None),
+        )
+        if options.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings needs a tokenizer, and this runtime was made without one")
+        pinned = prefix.pinned if prefix is not None else None
+        tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
+        steerings = self._steerings(branches, len(tokens))
+        budgets = [self._budget(n, len(t), options, "max_new_tokens" in sampling) for n, t in enumerate(tokens)]
+        seeds = self._seeds(len(tokens), len(steerings), seed, noise, sample_ids, options)
+        requests = [
+            Request(
+                index=n,
+                tokens=tuple(ids),
+                branches=tuple(Branch(row[n], seeds[n * len(steerings) + k]) for k, row in enumerate(steerings)),
+                sampling=options,
+                budget=budgets[n],
+                prefix=pinned,
+            )
+            for n, ids in enumerate(tokens)
+        ]
+        self._engine.check(requests)
+        return self._run(prompts, requests, progress)
+
+    def _run(self, prompts: Sequence[Prompt], requests: list[Request], progress: bool) -> Iterator[BranchedOutput]:
+        decode = self._encoder.decode if self.tokenizer is not None else None
+        with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
+            for request, rows in self._engine.decode(requests, decode):
+                bar.update()
+                yield BranchedOutput(request.index, prompts[request.index], [self._completion(row) for row in rows])
+
+    def _completion(self, row: Row) -> Completion:
+        if row.finish is None:
+            raise RuntimeError("a row was handed out before it was finished")
+        text = self._encoder.decode(row.tokens) if self.tokenizer is not None else None
+        return Completion(text, row.tokens, row.logprobs, row.finish, row.seed)
+
+    def _budget(self, n: int, n_prompt: int, options: Sampling, asked: bool) -> int:
+        room = self.spec.max_length
+        budget = options.budget(n_prompt, room)
+        if not asked:  # a default or the model's own config: what fits
+            budget = min(budget, room - n_prompt)
+        if budget < 1:
+            raise ValueError(
+                f"prompts[{n}]: {n_prompt} tokens leave no room to generate (the model has {room} positions"
+                + (f", max_length={options.max_length})" if options.max_length else ")")
+            )
+        if n_prompt + budget > room:
+            raise ValueError(
+                f"prompts[{n}]: {n_prompt} prompt + {budget} new tokens are more than the model's {room} positions"
+                + (f" (sliding window {self.spec.sliding_window})" if room == self.spec.sliding_window else "")
+                + f"; max_new_tokens can be at most {room - n_prompt}"
+            )
+        return budget
+
+    def _seeds(
+        self,
+        n_prompts: int,
+        n_branches: int,
+        seed: int | Sequence[int] | None,
+        noise: Noise,
+        sample_ids: Sequence[int] | None,
+        options: Sampling,
+    ) -> list[int | None]:
+        """One row seed per prompt and branch, prompt by prompt; None for greedy rows."""
+        if noise not in ("independent", "common"):
+            raise ValueError(f"noise must be 'independent' or 'common', not {noise!r}")
+        if sample_ids is not None and len(sample_ids) != n_prompts:
+            raise ValueError(f"sample_ids has {len(sample_ids)} entries for {n_prompts} prompts: one per prompt")
+        if isinstance(seed, bool) or not (seed is None or isinstance(seed, int | Sequence)):
+            raise TypeError(f"seed is a whole number or a list of them, not {seed!r}")
+        if isinstance(seed, Sequence):
+            if len(seed) != n_prompts * n_branches:
+                raise ValueError(
+                    f"a list of seeds has one per row: {n_prompts} prompts × {n_branches} branches = "
+                    f"{n_prompts * n_branches}, not {len(seed)}"
+                )
+            rows = [int(s) for s in seed]
+            for s in rows:
+                if not 0 <= s < 2**64:
+                    raise ValueError(f"a seed must be in [0, 2**64), not {s}")
+        else:
+            base = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+            ids = list(range(n_prompts)) if sample_ids is None else list(sample_ids)
+            places = [(i, None if noise == "common" else k) for i in ids for k in range(n_branches)]
+            rows = row_seeds(base, [i for i, _ in places], [k for _, k in places])
+        return list(rows) if options.do_sample else [None] * len(rows)
+
+    def _steerings(self, branches: Sequence[Steerings], n_prompts: int) -> list[list[CompiledSteering | None]]:
+        """Per branch, the compiled steering of every prompt."""
+        if isinstance(branches, Steering | Direction) or not isinstance(branches, Sequence) or not branches:
+            raise TypeError(
+                "branches is a non-empty list: one steering (or None, or a list with one per prompt) per branch"
+            )
+        compiled: dict[int, CompiledSteering | None] = {}
+
+        def compile_one(steering: Steering | None, where: str) -> CompiledSteering | None:
+            if id(steering) not in compiled:
+                try:
+                    compiled[id(steering)] = compile_steering(steering, self.spec.n_layers, self.spec.hidden_size)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{where}: {error}") from None
+                for term in steering.terms if steering is not None else ():
+                    self.check_model(term.direction)
+            return compiled[id(steering)]
+
+        out = []
+        for k, branch in enumerate(branches):
+            per_prompt = branch if isinstance(branch, Sequence) else [branch] * n_prompts
+            if len(per_prompt) != n_prompts:
+                raise ValueError(
+                    f"branch {k}: {len(per_prompt)} steerings for {n_prompts} prompts: one for all, or one for each"
+                )
+            out.append([compile_one(s, f"branch {k}") for s in per_prompt])
+        return out
+
+    def check_model(self, direction: Direction) -> None:
+        """Warn, once per direction, if it was made on another model."""
+        if direction.model is not None and direction.model != self.fingerprint and direction.name not in self._warned:
+            self._warned.add(direction.name)
+            warnings.warn(
+                f"direction {direction.name!r} was made on another model ({direction.model_name or direction.model}, "
+                f"fingerprint {direction.model}); this one is {self.name} ({self.fingerprint}). The sizes fit, the meaning may not.",
+                stacklevel=2,
+            )
+
+    # ---------------------------------------------------------------- prefixes
+
+    def prefix(self, tokens_or_messages: Prompt) -> Prefix:
+        """Prefill a common beginning once and hold its KV, for any number of prompts that continue it.
+
+        Args:
+            tokens_or_messages: ids or text that prompts are appended to, or messages (a system prompt, say) that chats
+                are appended to.
+
+        Use as a context manager; its pages are given back at the end::
+
+            with rt.prefix([{"role": "system", "content": "..."}]) as prefix:
+                rt.generate(prompts, prefix=prefix)
+        """
+        return Prefix(self, tokens_or_messages)
+
+    # ---------------------------------------------------------------- reading
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str | Sequence[int] | Completion],
+        steering: Steerings = None,
+        *,
+        progress: bool = False,
+    ) -> list[Scored]:
+        """Log-probabilities and entropies of given completions, teacher-forced in one pass.
+
+        Args:
+            completions: one per prompt: text, token ids, or a Completion.
+            steering: as in :meth:`generate`; its scope counts positions as generation would.
+        """
+        encoded = self._encoder.encode_all(prompts)
+        if len(completions) != len(encoded):
+            raise ValueError(f"{len(completions)} completions for {len(encoded)} prompts: one for each")
+        [steerings] = self._steerings([steering], len(encoded))
+        sequences = []
+        for n, (ids, completion, compiled) in enumerate(zip(encoded, completions, steerings, strict=True)):
+            try:
+                sequences.append((self._encoder.check(ids + self._encoder.completion(completion)), len(ids), compiled))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"completions[{n}]: {error}") from None
+        scored: list[Scored | None] = [None] * len(sequences)
+        with tqdm(total=len(sequences), unit="completion", disable=not progress) as bar:
+            for n, logprobs, entropies in self._engine.score(sequences):
+                tokens, n_prompt, _ = sequences[n]
+                scored[n] = Scored(tokens[n_prompt:], logprobs, entropies)
+                bar.update()
+        return [s for s in scored if s is not None]
+
+    def hidden_states(
+        self, prompts: Sequence[Prompt], *, prefix: Prefix | None = None, progress: bool = False
+    ) -> Tensor:
+        """The residual stream of every prompt's last token after each block: ``[n, n_layers, hidden]`` fp32, CPU.
+
+        Block i is transformers' ``hidden_states[i + 1]``, except the last, which is taken before the final norm.
+        """
+        out = torch.empty(len(prompts), self.spec.n_layers, self.spec.hidden_size)
+
+        def keep(rows: list[int], layer: int, h: Tensor) -> None:
+            out[rows, layer] = h.float().cpu()
+
+        for _ in self._read(prompts, keep, prefix, progress):
+            pass
+        return out
+
+    def _read(
+        self,
+        prompts: Sequence[Prompt],
+        visit: Callable[[list[int], int, Tensor], None],
+        prefix: Prefix | None,
+        progress: bool,
+    ) -> Iterator[list[int]]:
+        """Run prompts a batch at a time; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
+        tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
+        with tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
+            for batch in self._engine.read(tokens, visit, prefix.pinned if prefix is not None else None):
+                yield batch
+                bar.update(len(batch))
+
+    def project(
+        self,
+        prompts: Sequence[Prompt],
+        directions: DirectionSet | Sequence[Direction],
+        *,
+        prefix: Prefix | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """⟨h, u⟩ of every prompt's last token: ``[n, n_directions, n_layers]`` fp32, CPU; states are never stored."""
+        chosen = list(directions)
+        if not chosen:
+            raise ValueError("directions is empty: nothing to project on")
+        size = (self.spec.n_layers, self.spec.hidden_size)
+        for d in chosen:
+            if (d.n_layers, d.hidden_size) != size:
+                raise ValueError(
+                    f"direction {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, the model has {size[0]} of size {size[1]}"
+                )
+            self.check_model(d)
+        bank = torch.stack([d.vectors * (d.scale != 0)[:, None] for d in chosen], dim=1).to(self.device)
+        out = torch.empty(len(prompts), len(chosen), self.spec.n_layers)
+
+        def dot(rows: list[int], layer: int, h: Tensor) -> None:
+            out[rows, :, layer] = (h.float() @ bank[layer].T).cpu()
+
+        for _ in self._read(prompts, dot, prefix, progress):
+            pass
+        return out
+
+    def extract_direction(
+        self,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        name: str,
+        *,
+        method: Literal["pca", "mean_difference"] = "pca",
+        progress: bool = False,
+    ) -> Direction:
+        """The direction that separates ``positive[i]`` from ``negative[i]`` at the last token, per block (Icon², step 1).
+
+        Args:
+            method: "pca", the first singular vector of the uncentred differences (the paper's), or "mean_difference".
+
+        Returns:
+            Unit vectors, signed so that the mean difference projects positively, with the health figures
+            ``cos_mean_difference``, ``sign_agreement``, ``split_half_cosine`` and ``contrast`` per block.
+
+        Raises:
+            ValueError: lists of different length, or fewer than two pairs; no difference at all at some block.
+        """
+        if method not in ("pca", "mean_difference"):
+            raise ValueError(f"method must be 'pca' or 'mean_difference', not {method!r}")
+        if len(positive) != len(negative):
+            raise ValueError(f"{len(positive)} positive and {len(negative)} negative prompts: they go pairwise")
+        if len(positive) < 2:
+            raise ValueError(f"a direction needs at least 2 pairs of prompts, not {len(positive)}")
+        interleaved = [prompt for pair in zip(positive, negative, strict=True) for prompt in pair]
+        statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size)
+        states: dict[int, Tensor] = {}  # prompt → [n_layers, hidden]; a batch, and at most one left over from the last
+
+        def keep(rows: list[int], layer: int, h: Tensor) -> None:
+            for row, state in zip(rows, h.float().cpu(), strict=True):
+                states.setdefault(row, torch.empty(self.spec.n_layers, self.spec.hidden_size))[layer] = state
+
+        for _ in self._read(interleaved, keep, None, progress):
+            pairs = [n for n in sorted(states) if n % 2 == 0 and n + 1 in states]
+            if pairs:
+                statistics.add(
+                    torch.stack([states.pop(n) for n in pairs]), torch.stack([states.pop(n + 1) for n in pairs])
+                )
+        vectors, health = statistics.direction(method)
+        return Direction(
+            name,
+            vectors,
+            torch.ones(self.spec.n_layers),
+            model=self.fingerprint,
+            model_name=self.name,
+            method=method,
+            health=health,
+            metadata={"n_pairs": str(len(positive))},
+        )
+
+
+class Prefix:
+    """A pinned prefix (see :meth:`Runtime.prefix`). Not reusable after its ``with`` block."""
+
+    def __init__(self, runtime: Runtime, start: Prompt):
+        self._runtime, self._start = runtime, start
+        self.tokens = tuple(runtime._encoder.encode(start, generation_prompt=False))
+        self._pinned: PinnedPrefix | None = None
+
+    def __enter__(self) -> Prefix:
+        self._pinned = self._runtime._engine.pin(self.tokens)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pinned is not None:
+            self._runtime._engine.unpin(self._pinned)
+            self._pinned = None
+
+    @property
+    def pinned(self) -> PinnedPrefix:
+        if self._pinned is None:
+            raise RuntimeError("this prefix is not pinned: use it inside `with rt.prefix(...) as prefix:`")
+        return self._pinned
+
+    def join_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The whole token ids of prompts that continue this prefix.
+
+        Raises:
+            ValueError: a chat on a prefix that is not one (or the reverse), or a template whose rendering of the whole
+                does not begin with the prefix's tokens.
+        """
+        encoder = self._runtime._encoder
+        if not is_chat(self._start):
+            for n, prompt in enumerate(prompts):
+                if is_chat(prompt):
+                    raise ValueError(
+                        f"prompts[{n}]: a chat cannot continue a prefix that is text or ids; pass the prefix as messages"
+                    )
+            text = [
+                p
+                if not isinstance(p, str)
+                else encoder._need_tokenizer("a text prompt").encode(p, add_special_tokens=False)
+                for p in prompts
+            ]
+            return [encoder.check([*self.tokens, *ids]) for ids in encoder.encode_all(text)]
+        whole = []
+        for n, prompt in enumerate(prompts):
+            if not is_chat(prompt):
+                raise ValueError(f"prompts[{n}]: only a chat can continue a prefix of messages")
+            ids = encoder.encode([*self._start, *prompt])  # type: ignore[list-item]
+            if tuple(ids[: len(self.tokens)]) != self.tokens:
+                raise ValueError(
+                    f"prompts[{n}]: with this chat template the whole chat does not begin with the prefix's tokens; "
+                    f"pass the common part as token ids"
+                )
+            whole.append(ids)
+        return whole
+
+
+_RUNTIME_OPTIONS = (
+    "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
+)  # fmt: skip
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
