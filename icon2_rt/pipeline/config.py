@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from icon2_rt.pipeline.criteria import Criterion, default_criteria
 
@@ -49,17 +50,14 @@ def at_most(high: float) -> Check:
     return lambda value: None if value <= high else f"must be at most {high}"
 
 
-def one_of(*allowed: str) -> Check:
-    def check(value: str) -> str | None:
-        if value in allowed:
-            return None
-        return f"must be one of {', '.join(map(repr, allowed))}{_did_you_mean(value, allowed)}"
-
-    return check
-
-
 def not_empty(value: Any) -> str | None:
     return None if len(value) else "must not be empty"
+
+
+def memory_size(value: str | int) -> str | None:
+    if isinstance(value, int):
+        return at_least(1)(value)
+    return None if re.fullmatch(r"\s*\d+(\.\d+)?\s*[a-zA-Z]*\s*", value) else 'must be bytes or a size like "8GiB"'
 
 
 def layer_range(value: str) -> str | None:
@@ -74,17 +72,18 @@ def layer_range(value: str) -> str | None:
 class RuntimeConfig:
     """How the model is loaded and run; the keyword arguments of ``Runtime.from_pretrained``.
 
-    ``dtype`` "auto" is the checkpoint's own. ``threads`` is torch's thread count on the CPU (none: as torch decides).
+    ``dtype`` "auto" is the checkpoint's own. ``kv_memory`` is bytes or a size like "8GiB" (none: what is free).
+    ``threads`` is torch's thread count on the CPU (none: as torch decides).
     """
 
     device: str = option("auto", not_empty)
-    backend: str = option("auto", one_of("auto", "reference", "triton", "native"))
-    dtype: str = option("auto", one_of("auto", "float32", "bfloat16", "float16"))
+    backend: Literal["auto", "reference", "triton", "native"] = option("auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto")
     revision: str | None = option(None)
     max_rows: int = option(64, at_least(2))
     page_size: int = option(64, at_least(1))
     prefill_chunk: int = option(2048, at_least(1))
-    kv_memory: int | None = option(None, at_least(1))
+    kv_memory: str | int | None = option(None, memory_size)
     threads: int | None = option(None, at_least(1))
 
 
@@ -94,7 +93,7 @@ class DirectionsConfig:
     model writes for itself (paper: 1024), or from those in ``features_file``."""
 
     file: str | None = option(None, not_empty)
-    method: str = option("pca", one_of("pca", "mean_difference"))
+    method: Literal["pca", "mean_difference"] = option("pca")
     features: int = option(1024, at_least(2))
     features_file: str | None = option(None, not_empty)
 
@@ -118,7 +117,7 @@ class FilterConfig:
     """Step 2, consistency. ``keep`` is the share of the clean instructions that is kept (paper: 10 %); ``margin`` the
     least distance between the best criterion's score and the second's."""
 
-    scale: str = option("raw", one_of("raw", "zscore"))
+    scale: Literal["raw", "zscore"] = option("raw")
     keep: float = option(0.1, above(0), at_most(1))
     margin: float | None = option(None, at_least(0))
 
@@ -135,7 +134,7 @@ class PairsConfig:
     temperature: float = option(0.8, at_least(0))
     top_p: float = option(0.95, above(0), at_most(1))
     max_new_tokens: int = option(512, at_least(1))
-    noise: str = option("independent", one_of("independent", "common"))
+    noise: Literal["independent", "common"] = option("independent")
     shard_size: int = option(256, at_least(1))
 
 
@@ -373,7 +372,15 @@ def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _read_value(next(a for a in args if a is not type(None)), value, path, errors)
+        allowed = [a for a in args if a is not type(None)]
+        fitting = [a for a in allowed if isinstance(a, type) and type(value) is a]
+        return _read_value((fitting or allowed)[0], value, path, errors)
+    if origin is Literal:
+        if value in args:
+            return value
+        hint = _did_you_mean(value, args) if isinstance(value, str) else ""
+        errors.append(f"{path}: must be one of {', '.join(map(repr, args))}{hint}, not {_show(value)}")
+        return None
     if dataclasses.is_dataclass(hint):
         return _read(typing.cast(type, hint), value, path, errors)
     if origin is dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.instructions import Instruction
@@ -19,7 +19,7 @@ def extract(
     frame: ChatFrame,
     criteria: Mapping[str, Criterion],
     features: Sequence[Instruction],
-    method: str = "pca",
+    method: Literal["pca", "mean_difference"] = "pca",
     done: Callable[[int], None] = lambda n: None,
 ) -> DirectionSet:
     """Directions of all criteria over the same feature instructions.

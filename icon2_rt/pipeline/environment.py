@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from icon2_rt.engine.kv import page_bytes
+
 if TYPE_CHECKING:
     from icon2_rt import Runtime
 
@@ -27,8 +29,9 @@ def versions(names: tuple[str, ...] = DECIDING) -> dict[str, str]:
 
 
 def machine(rt: Runtime) -> dict[str, Any]:
-    """The device, and how the runtime uses it."""
+    """The device, and how the runtime uses it: another number of threads or KV pages is another schedule."""
     device = torch.device(rt.device)
+    hardware: dict[str, Any]
     if device.type == "cuda":
         hardware = {"device": torch.cuda.get_device_name(device)}
     else:
@@ -43,5 +46,6 @@ def machine(rt: Runtime) -> dict[str, Any]:
         "backend": str(rt.backend),
         "dtype": str(rt.dtype).removeprefix("torch."),
         "kv_pages": rt.kv_pages,
+        "kv_bytes": rt.kv_pages * page_bytes(rt.spec, rt.page_size, rt.dtype),
         "page_size": rt.page_size,
     }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from icon2_rt import Completion, Runtime
 
 # Why a draw is dropped, in the order in which the rules are applied.
-REASONS = ("truncated", "empty", "special", "length", "duplicate")
+REASONS = ("truncated", "empty", "special", "length", "too long", "duplicate")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Instruction:
 
 
 def synthesise(
-    rt: Runtime, frame: ChatFrame, ids: Sequence[int], config: InstructionsConfig, seed: int
+    rt: Runtime, frame: ChatFrame, ids: Sequence[int], config: InstructionsConfig, seed: int, room: int
 ) -> tuple[list[Instruction], Counter[str]]:
-    """Draw one instruction per id and drop the unusable ones.
+    """Draw one instruction per id and drop the unusable ones, also those whose chat has more than ``room`` tokens.
 
     Duplicates are left in: they can only be told over all shards together, see :func:`without_duplicates`.
 
@@ -58,6 +58,8 @@ def synthesise(
     kept = []
     for i, completion in zip(ids, completions, strict=True):
         text, reason = clean(completion, frame, rt.tokenizer, config)
+        if reason is None and len(rt.encode(frame.messages(text))) > room:
+            reason = "too long"
         if reason is None:
             kept.append(Instruction(i, text))
         else:

@@ -68,6 +68,7 @@ class _Run:
     frame: ChatFrame
     eos: tuple[int, ...]
     layers: tuple[int, ...]
+    room: int
     watch: Watch
 
 
@@ -80,13 +81,18 @@ def model_path(name: str) -> str:
     return name
 
 
-def load_runtime(config: RunConfig, kv_memory: int | None = None) -> Runtime:
-    """The runtime that a config asks for."""
+def load_runtime(config: RunConfig, as_on: Mapping[str, Any] | None = None) -> Runtime:
+    """The runtime that a config asks for.
+
+    ``as_on`` is the ``machine`` part of a manifest: what the config leaves to circumstances (KV memory by what is free,
+    threads) is then set as it was, because the schedule of a decode depends on it.
+    """
     from icon2_rt import Runtime
 
-    options = config.runtime
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options, as_on = config.runtime, as_on or {}
+    threads = options.threads or as_on.get("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
     extra: dict[str, Any] = {"dtype": options.dtype}
     if options.revision is not None:
         extra["revision"] = options.revision
@@ -94,7 +100,7 @@ def load_runtime(config: RunConfig, kv_memory: int | None = None) -> Runtime:
         model_path(config.model),
         device=options.device,
         backend=options.backend,
-        kv_memory=kv_memory or options.kv_memory,
+        kv_memory=as_on.get("kv_bytes", options.kv_memory),
         max_rows=options.max_rows,
         page_size=options.page_size,
         prefill_chunk=options.prefill_chunk,
@@ -126,12 +132,13 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         watch("model", 0, 1)
         started = perf_counter()
         if rt is None:
-            rt = load_runtime(config)
+            rt = load_runtime(config, before["identity"].get("machine") if before is not None else None)
         seconds["model"] = perf_counter() - started
         watch("model", 1, 1)
-        eos = _eos_token_ids(rt)
+        eos = end_tokens(rt)
         frame = chat_frame(rt.tokenizer, eos)
         layers = tuple(controlled_layers(config.pairs.layers, rt.spec.n_layers))
+        room = check_room(rt, frame, config)
         identity |= {
             "model": {
                 "fingerprint": rt.fingerprint,
@@ -148,7 +155,7 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         manifest = before or _manifest(config, identity, frame, layers)
         folder.write_manifest(manifest)
         folder.log("resumed" if before else "started")
-        state = _Run(config, folder, rt, frame, eos, layers, watch)
+        state = _Run(config, folder, rt, frame, eos, layers, room, watch)
 
         def timed(step: str, work: Callable[[], Any]) -> Any:
             begun = perf_counter()
@@ -174,8 +181,33 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         return RunResult(folder.path, summary, manifest, seconds)
 
 
-def _eos_token_ids(rt: Runtime) -> tuple[int, ...]:
-    return tuple(rt.eos_token_ids)
+def end_tokens(rt: Runtime) -> tuple[int, ...]:
+    """The tokens that end a response: the checkpoint's own, else the tokenizer's."""
+    ids = rt.generation_config.eos_token_id
+    if ids is None:
+        ids = rt.tokenizer.eos_token_id if rt.tokenizer is not None else None
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def check_room(rt: Runtime, frame: ChatFrame, config: RunConfig) -> int:
+    """How many tokens the chat of an instruction may have, so that a whole response fits behind it.
+
+    Raises:
+        ValueError: a token limit that the model's positions cannot hold.
+    """
+    positions, shortest = rt.spec.max_length, len(rt.encode(frame.messages("a")))
+    for key, limit, before in (
+        ("instructions.max_new_tokens", config.instructions.max_new_tokens, len(frame.pre_query)),
+        ("pairs.max_new_tokens", config.pairs.max_new_tokens, shortest),
+    ):
+        if before + limit > positions:
+            raise ValueError(
+                f"{key}: {limit} tokens do not fit: the model has {positions} positions, and its chat template alone "
+                f"takes {before}; at most {positions - before}"
+            )
+    return positions - config.pairs.max_new_tokens
 
 
 def _input_files(config: RunConfig) -> dict[str, str]:
@@ -258,7 +290,7 @@ def _features(run: _Run) -> tuple[Artifact | None, list[Instruction]]:
             counts = Counter(drawn=len(drawn))
         else:
             drawn, counts = synthesise(
-                run.rt, run.frame, range(config.features), run.config.instructions, run.config.seed
+                run.rt, run.frame, range(config.features), run.config.instructions, run.config.seed, run.room
             )
         features, counts["duplicate"] = without_duplicates(drawn)
         if len(features) < 2:
@@ -324,7 +356,8 @@ def _instructions(
         ids = range(first, first + config.draws)
         shards = [ids[i : i + config.shard_size] for i in range(0, config.draws, config.shard_size)]
         total = config.draws
-    artifacts, found = [], []
+    artifacts: list[Artifact] = []
+    found: list[tuple[Instruction, torch.Tensor, str | None]] = []
     done = 0
     for number, shard in enumerate(shards):
         run.watch("instructions", done, total)
@@ -334,7 +367,7 @@ def _instructions(
             if config.file is not None:
                 drawn, counts = [instruction for instruction, _ in shard], Counter(drawn=len(shard))
             else:
-                drawn, counts = synthesise(run.rt, run.frame, shard, config, run.config.seed)
+                drawn, counts = synthesise(run.rt, run.frame, shard, config, run.config.seed, run.room)
             projected = (
                 consistency.projections(run.rt, run.frame, drawn, direction_set)
                 if drawn

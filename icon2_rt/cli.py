@@ -1,0 +1,301 @@
+"""The command line: thin commands over the pipeline's functions. Bad input ends with one paragraph and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="icon2",
+    help="Steered decoding, and preference pairs from a model's own directions (the Icon² method).",
+    epilog="A command that was interrupted continues when it is given again. ICON2_TRACEBACK=1 shows where an error "
+    "came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help='A path, a hub id, or "tiny" for the model that ships with the package.')]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Backend = Annotated[str, typer.Option(help="auto, reference, triton or native.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; by default a new one, runs/demo-1, runs/demo-2 …")
+    ] = None,
+) -> None:
+    """The whole method on the tiny chat model that ships with the package, in less than a minute."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from icon2_rt import demo as the_demo
+    from icon2_rt import display
+    from icon2_rt.pipeline.run import run
+
+    screen = display.console()
+    screen.print(Text("\nIcon² on the tiny chat model that ships with the package", style="bold"))
+    screen.print(
+        Padding(
+            Text(
+                "The model writes its own instructions, finds one direction per criterion from opposite system "
+                "prompts, keeps the instructions that agree with a direction, and answers each of them twice in one "
+                "pass: pushed towards the direction (chosen) and away from it (rejected)."
+            ),
+            (0, 0, 0, 2),
+        )
+    )
+    with display.Steps() as watch:
+        result = run(the_demo.config(), out or the_demo.fresh_folder(), watch=watch)
+    records = list(result.records())
+    screen.print(display.run_report(result.summary, result.seconds))
+    screen.print(display.examples(records, 4))
+    screen.print(display.judgement_table(the_demo.judge(records)))
+    _where(screen, result.path)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The run's settings, a TOML file (see examples/).")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/ and the config's name.")] = None,
+) -> None:
+    """The whole method as a config says. Interrupted, the same command continues it."""
+    from icon2_rt import display
+    from icon2_rt.pipeline.config import RunConfig
+    from icon2_rt.pipeline.run import run as run_pipeline
+
+    settings = RunConfig.load(config)
+    screen = display.console()
+    with display.Steps() as watch:
+        result = run_pipeline(settings, out or Path("runs") / config.stem, watch=watch)
+    screen.print(display.run_report(result.summary, result.seconds))
+    _where(screen, result.path)
+
+
+@app.command()
+def directions(
+    model: Model,
+    criteria: Annotated[Path, typer.Option(help="TOML: a table per criterion with positive and negative prompts.")],
+    out: Annotated[Path, typer.Option(help="Where to write them: a .safetensors file.")],
+    instructions: Annotated[
+        Path | None, typer.Option(help="Feature instructions, .txt or .jsonl; by default the model writes its own.")
+    ] = None,
+    features: Annotated[int, typer.Option("-n", "--features", help="How many the model writes.")] = 256,
+    method: Annotated[str, typer.Option(help="pca or mean_difference.")] = "pca",
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Step 1 alone: one direction per criterion, from opposite system prompts."""
+    from icon2_rt import display
+    from icon2_rt.pipeline import steps
+    from icon2_rt.pipeline.config import RunConfig, read_criteria
+    from icon2_rt.pipeline.health import direction_health
+
+    section = _given(method=method, features=features, features_file=_text(instructions))
+    settings = RunConfig.from_dict(
+        {
+            "model": model,
+            "seed": seed,
+            "runtime": {"device": device, "backend": backend, "dtype": dtype},
+            "criteria": {name: vars(criterion) for name, criterion in read_criteria(criteria).items()},
+            "directions": section,
+        },
+        source="icon2 directions",
+    )
+    _writable(out, (".safetensors",))
+    with display.Steps() as watch:
+        found = steps.directions(settings, watch)
+    found.save(out)
+    screen = display.console()
+    screen.print(display.directions_table(direction_health(found), range(found[found.names[0]].n_layers)))
+    screen.print(f"\n  {len(found)} directions in {out}")
+
+
+@app.command()
+def instructions(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where to write them: a .jsonl file.")],
+    count: Annotated[int, typer.Option("-n", "--count", help="How many to draw; hygiene drops some.")] = 100,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus share.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest instruction, in tokens.")] = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Step 2 without the filter: instructions that the model writes for itself."""
+    from icon2_rt import display
+    from icon2_rt.pipeline import steps
+    from icon2_rt.pipeline.config import RunConfig
+    from icon2_rt.pipeline.files import write_atomic
+
+    settings = RunConfig.from_dict(
+        {
+            "model": model,
+            "seed": seed,
+            "runtime": {"device": device, "backend": backend, "dtype": dtype},
+            "instructions": {
+                "draws": count,
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_new_tokens": max_new_tokens,
+            },
+        },
+        source="icon2 instructions",
+    )
+    _writable(out, (".jsonl",))
+    with display.Steps() as watch:
+        data, counts = steps.instructions(settings, watch)
+    write_atomic(out, data)
+    screen = display.console()
+    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n and reason not in ("drawn", "clean"))
+    screen.print(f"  {counts['clean']} instructions in {out} ({counts['drawn']} drawn; dropped: {dropped or 'none'})")
+
+
+@app.command()
+def pairs(
+    model: Model,
+    directions: Annotated[Path, typer.Option(help="Directions, .safetensors or .gguf.")],
+    instructions: Annotated[Path, typer.Option(help="Instructions, .jsonl or .txt; a criterion in it is respected.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    positive: Annotated[float, typer.Option(help="Strength γ⁺, in residual units.")] = 0.1,
+    negative: Annotated[float, typer.Option(help="Strength γ⁻, in residual units.")] = -0.05,
+    layers: Annotated[
+        str, typer.Option(help='"middle", "all" or 0-based blocks with an exclusive end, "9:20".')
+    ] = "middle",
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Nucleus share.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
+    noise: Annotated[str, typer.Option(help="independent or common random numbers.")] = "independent",
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Step 3 alone: a steered pair for every instruction, as a dataset. Interrupted, the same command continues."""
+    from icon2_rt import display
+    from icon2_rt.pipeline.config import RunConfig
+    from icon2_rt.pipeline.run import run as run_pipeline
+
+    settings = RunConfig.from_dict(
+        {
+            "model": model,
+            "seed": seed,
+            "runtime": {"device": device, "backend": backend, "dtype": dtype},
+            "directions": {"file": str(directions)},
+            "instructions": {"file": str(instructions)},
+            "filter": {"keep": 1.0},
+            "pairs": {
+                "positive": positive,
+                "negative": negative,
+                "layers": layers,
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_new_tokens": max_new_tokens,
+                "noise": noise,
+            },
+        },
+        source="icon2 pairs",
+    )
+    screen = display.console()
+    with display.Steps() as watch:
+        result = run_pipeline(settings, out, watch=watch)
+    screen.print(display.run_report(result.summary, result.seconds))
+    _where(screen, result.path)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """The benchmarks of a checkout; what follows is passed on to them."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench" / "__main__.py").is_file():
+        raise ValueError(
+            "the benchmarks are part of the source checkout, not of the installed package: clone the repository and "
+            "run `make bench` there"
+        )
+    finished = subprocess.run([sys.executable, "-m", "bench", *context.args], cwd=root, check=False)
+    raise typer.Exit(finished.returncode)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what can run here, what would be used and why."""
+    from icon2_rt import display
+    from icon2_rt.doctor import examine
+
+    findings = examine()
+    screen = display.console()
+    screen.print(display.findings_table(findings))
+    missing = [finding.name for finding in findings if finding.state == "missing"]
+    if missing:
+        screen.print(f"\n  Missing: {', '.join(missing)}")
+        raise typer.Exit(1)
+
+
+def _where(screen: Any, path: Path) -> None:
+    """The last lines of a run: where the dataset lies, and how to use it."""
+    from rich.text import Text
+
+    screen.print(
+        Text(f"\nThe dataset is in {path}  (summary.json: all figures, manifest.json: how it was made)", "bold")
+    )
+    screen.print(
+        Text(
+            f"  from datasets import load_dataset\n"
+            f'  pairs = load_dataset("{path}", split="train")  # prompt, chosen, rejected: TRL\'s DPOTrainer takes it'
+        ),
+        soft_wrap=True,
+    )
+
+
+def _writable(path: Path, endings: tuple[str, ...]) -> None:
+    """Refuse before the work what could not be written after it."""
+    if path.suffix not in endings:
+        raise ValueError(f"--out: {path} must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"--out: {path} is a folder, not a file")
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"--out: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out: the folder {folder} cannot be written")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def main() -> None:
+    """The ``icon2`` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("ICON2_TRACEBACK"):
+            raise
+        print(f"icon2: {_message(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

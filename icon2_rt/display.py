@@ -1,0 +1,313 @@
+"""How a run looks to a person: tables for the end, and a bar for the long work in between. Nothing else needs rich."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from icon2_rt.demo import Judgement
+from icon2_rt.doctor import Finding
+
+WIDTH = 100
+# Without a terminal a line about long work is printed at most this often.
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def console(stderr: bool = False) -> Console:
+    """As wide as the terminal, within reason; a fixed width and no colour codes where there is none."""
+    plain = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return Console(stderr=stderr, highlight=False, width=min(plain.width, 120) if plain.is_terminal else WIDTH)
+
+
+class Steps:
+    """Shows how far a run is: a bar per step on a terminal, now and then a line elsewhere. Call it as a ``Watch``."""
+
+    def __init__(self) -> None:
+        self._console = console(stderr=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+        self._finished: set[str] = set()
+        self._last_line = time.monotonic()
+        if self._console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:<22}"),
+                BarColumn(bar_width=40),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+
+    def __enter__(self) -> Steps:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began = self._began.setdefault(step, now)
+        if self._bars is not None:
+            if step not in self._tasks:
+                self._tasks[step] = self._bars.add_task(step, total=total)
+            self._bars.update(self._tasks[step], completed=done, total=total)
+        elif done >= total and step not in self._finished:
+            self._finished.add(step)
+            if now - began >= 0.05:  # what was there already needs no line
+                self._line(f"{step}: done in {now - began:.1f} s")
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line(f"{step}: {done} of {total}")
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+
+def heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> RenderableType:
+    """A titled table: the first column left, figures right, a sentence under it."""
+    body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        body.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        body.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
+    parts: list[RenderableType] = [heading(title), Padding(body, (0, 0, 0, 2))]
+    if caption:
+        parts.append(Padding(Text(caption, style="dim"), (0, 0, 0, 2)))
+    return Group(*parts)
+
+
+def run_report(summary: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> RenderableType:
+    """Everything a run says about itself, in the order of its steps."""
+    parts = [
+        directions_table(summary["directions"]["health"], summary["strengths"]["layers"]),
+        instructions_table(summary),
+        consistency_table(summary),
+        strengths_table(summary),
+        pairs_table(summary),
+    ]
+    if seconds:
+        parts.append(times_line(seconds))
+    parts.append(warnings_list(summary["warnings"]))
+    return Group(*parts)
+
+
+def directions_table(health: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[int]) -> RenderableType:
+    keys = {
+        "contrast": "contrast ‖Δ‖/‖h‖",
+        "cos_mean_difference": "cos(PC1, mean Δ)",
+        "sign_agreement": "pairs that agree",
+        "split_half_cosine": "split-half cos",
+    }
+    shown = [key for key in keys if all(key in figures for figures in health.values())]
+    rows = [[name, *(_mean_at(figures[key], layers, key) for key in shown)] for name, figures in health.items()]
+    first, last = layers[0], layers[-1]
+    return table(
+        "1. Directions",
+        ["criterion", *(keys[key] for key in shown)],
+        rows,
+        f"Means over blocks {first} to {last} (0-based). A contrast under 10 % would mean that the two "
+        f"system prompts hardly change the model, however good the cosines look.",
+    )
+
+
+def _mean_at(values: Sequence[float], layers: Sequence[int], key: str) -> str:
+    mean = fmean(values[i] for i in layers)
+    return f"{mean:.1%}" if key in ("contrast", "sign_agreement") else f"{mean:.3f}"
+
+
+def instructions_table(summary: Mapping[str, Any]) -> RenderableType:
+    counts = summary["counts"]["instructions"]
+    dropped = {key: n for key, n in counts.items() if key not in ("drawn", "clean", "kept")}
+    rows = [["drawn from the model itself", counts["drawn"]]]
+    rows += [[f"  dropped: {key}", n] for key, n in dropped.items() if n]
+    rows += [["clean", counts["clean"]], ["kept by the consistency filter", counts["kept"]]]
+    return table("2. Instructions", ["", "number"], rows)
+
+
+def consistency_table(summary: Mapping[str, Any]) -> RenderableType:
+    figures = summary["consistency"]
+    histogram, kept, scores = figures["histogram"], figures["kept_histogram"], figures["scores"]
+    most = max(1, *histogram.values())
+    rows = [
+        [
+            name,
+            Text("█" * round(24 * n / most) or "▏", style="cyan"),
+            n,
+            kept[name],
+            f"{scores[name]['median']:+.3f}",
+        ]
+        for name, n in histogram.items()
+    ]
+    body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column, justify in (("criterion c*", "left"), ("", "left"), ("clean", "right"), ("kept", "right")):
+        body.add_column(column, justify=justify)  # type: ignore[arg-type]
+    body.add_column("median score", justify="right")
+    for row in rows:
+        body.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
+    caption = f"Scale: {figures['scale']}. c* is the criterion whose direction an instruction agrees with most."
+    return Group(
+        heading("   Which criterion each instruction got"),
+        Padding(body, (0, 0, 0, 2)),
+        Padding(Text(caption, style="dim"), (0, 0, 0, 2)),
+    )
+
+
+def strengths_table(summary: Mapping[str, Any]) -> RenderableType:
+    strengths = summary["strengths"]
+    positive, negative = strengths["positive"], strengths["negative"]
+    calibration = strengths.get("calibration")
+    if calibration is None:
+        doses = strengths["dose"]
+        given = [
+            [f"{sign} γ = {gamma:+.4g}", _range(doses[sign])]
+            for sign, gamma in (("positive", positive), ("negative", negative))
+        ]
+        return table("3. Strengths, as given", ["", "dose ‖γu‖/‖h‖ over the controlled blocks"], given)
+    rows: list[list[str | Text]] = []
+    for rung in calibration["rungs"]:
+        chosen = {calibration["positive_dose"]: "γ⁺", calibration["negative_dose"]: "γ⁻"}.get(rung["dose"], "")
+        rows.append(
+            [
+                f"{rung['dose']:+.0%}" if rung["dose"] else "unsteered",
+                f"{rung['gamma']:+.3g}",
+                f"{rung['logprob']:.2f}",
+                "yes" if rung["fluent"] else "no",
+                f"{rung['agreement']:+.3f}",
+                Text(chosen, style="bold green"),
+            ]
+        )
+    return table(
+        "3. Strengths, calibrated by dose on this model",
+        ["dose of ‖h‖", "γ", "log p / token", "fluent", "agreement", "chosen"],
+        rows,
+        f"Log p under the unsteered model; agreement: how much likelier the response is under the criterion's positive "
+        f"prompt than under its negative one (nats per token). With the chosen doses the positive response agrees more "
+        f"in {calibration['positive_beats_negative']:.0%} of the calibration instructions. The strengths printed in "
+        f"the paper (+0.1, −0.05) belong to its 7B and 8B models and mean nothing on this one.",
+    )
+
+
+def _range(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    return f"{min(there):.1%} to {max(there):.1%}" if there else "none"
+
+
+def pairs_table(summary: Mapping[str, Any]) -> RenderableType:
+    pairs = summary["pairs"]
+    chosen, rejected = pairs["chosen"], pairs["rejected"]
+    rows = [
+        ["tokens, mean", f"{chosen['mean_tokens']:.1f}", f"{rejected['mean_tokens']:.1f}"],
+        [
+            "log p / token, unsteered model",
+            f"{chosen['logprob_per_token']:.2f}",
+            f"{rejected['logprob_per_token']:.2f}",
+        ],
+        ["cut off by the token limit", f"{chosen['cut_off']:.1%}", f"{rejected['cut_off']:.1%}"],
+        ["empty", f"{chosen['empty']:.1%}", f"{rejected['empty']:.1%}"],
+        ["repeated 4-grams", f"{chosen['repetition']:.1%}", f"{rejected['repetition']:.1%}"],
+    ]
+    first = pairs["median_first_difference"]
+    caption = (
+        f"{pairs['pairs']} pairs. Identical: {pairs['identical']:.1%}. Length chosen/rejected: "
+        f"{pairs['length_ratio']:.2f}. Median first token that differs: {'none' if first is None else f'{first:g}'}."
+    )
+    return table("4. Pairs", ["", "chosen", "rejected"], rows, caption)
+
+
+def times_line(seconds: Mapping[str, float]) -> RenderableType:
+    parts = [f"{step} {value:.1f} s" for step, value in seconds.items() if value >= 0.05]
+    return Text(f"\n  {', '.join(parts)}; {sum(seconds.values()):.1f} s in all", style="dim")
+
+
+def warnings_list(warnings: Sequence[str]) -> RenderableType:
+    if not warnings:
+        return Text("\n  No warnings from the health checks.", style="green")
+    lines = [Padding(Text(f"! {warning}", style="yellow"), (0, 0, 0, 2)) for warning in warnings]
+    return Group(heading("Warnings from the health checks"), *lines)
+
+
+def examples(records: Sequence[Mapping[str, Any]], count: int) -> RenderableType:
+    """A few pairs side by side, spread over the criteria."""
+    body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", show_lines=True)
+    body.add_column("instruction (criterion)", ratio=3)
+    body.add_column("chosen", ratio=4)
+    body.add_column("rejected", ratio=4)
+    for record in _spread(records, count):
+        prompt = Text(record["prompt"][0]["content"])
+        prompt.append(f"\n({record['criterion']})", style="dim")
+        body.add_row(prompt, Text(record["chosen"][0]["content"]), Text(record["rejected"][0]["content"]))
+    return Group(heading("A few pairs side by side"), Padding(body, (0, 0, 0, 2)))
+
+
+def _spread(records: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Pairs that differ, by turns from each criterion, in the dataset's order: no choosing of pretty ones."""
+    waiting: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record["first_difference"] is not None:
+            waiting.setdefault(record["criterion"], []).append(record)
+    found: list[Mapping[str, Any]] = []
+    while len(found) < count and any(waiting.values()):
+        found += [queue.pop(0) for queue in waiting.values() if queue]
+    return found[:count]
+
+
+def judgement_table(judgement: Judgement) -> RenderableType:
+    """What the tiny world's oracle says; only the demo has one."""
+    rows = [
+        [
+            "well-formed responses",
+            f"{judgement.chosen.well_formed:.0%}",
+            f"{judgement.rejected.well_formed:.0%}",
+        ],
+        ["mean score of those, 0 to 1", _score(judgement.chosen.score), _score(judgement.rejected.score)],
+    ]
+    caption = (
+        f"{judgement.known} of the {judgement.pairs} instructions are ones that the invented land knows. Where both "
+        f"responses are well formed ({judgement.both} pairs), the chosen one is better in {judgement.better}, equal in "
+        f"{judgement.ties}, worse in {judgement.worse}."
+    )
+    return table(
+        "Afterwards, the oracle's opinion (the method never saw it)", ["", "chosen", "rejected"], rows, caption
+    )
+
+
+def _score(score: float | None) -> str:
+    return "–" if score is None else f"{score:.2f}"
+
+
+def findings_table(findings: Sequence[Finding]) -> RenderableType:
+    body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    body.add_column("", no_wrap=True)
+    body.add_column("", no_wrap=True)
+    body.add_column("found")
+    body.add_column("what it means")
+    styles = {"ok": "", "missing": "bold red", "note": "yellow"}
+    section = ""
+    for finding in findings:
+        new = finding.section != section
+        section = finding.section
+        body.add_row(
+            Text(section if new else "", style="bold"),
+            finding.name,
+            Text(finding.value, style=styles[finding.state]),
+            Text(finding.advice, style="dim"),
+        )
+    return body

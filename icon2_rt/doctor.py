@@ -1,0 +1,156 @@
+"""What is installed, what can run here, what would be used and why: the first thing to look at when something is slow.
+
+Returns data; the command line prints it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from icon2_rt import ops
+
+State = Literal["ok", "missing", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and what that means or how to change it."""
+
+    section: str
+    name: str
+    value: str
+    state: State = "ok"
+    advice: str = ""
+
+
+# What the package asks for; the ranges that are tested.
+_NEEDED = {
+    "torch": ("2.11", "2.14"),
+    "transformers": ("5.17", "5.24"),
+    "safetensors": ("0.8", "1"),
+    "numpy": ("2", "3"),
+    "triton": ("3.6", "3.8"),
+}
+_OPTIONAL = {
+    "gguf": "reads and writes llama.cpp control vectors",
+    "pyarrow": "writes datasets",
+    "datasets": "loads datasets (pip install 'icon2_rt[train]')",
+    "trl": "trains with DPO (pip install 'icon2_rt[train]')",
+    "matplotlib": "plots (pip install 'icon2_rt[plot]')",
+    "flash-attn": "not used yet: prefill attention is the reference's",
+}
+
+# Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
+NEVER_RUN_ON_HARDWARE = {"cuda": "no run of this version on a CUDA device is recorded; the CPU path is the tested one"}
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order in which it is worth reading."""
+    return [*_versions(), *_devices(), *_backends(), *_model(), *_choice()]
+
+
+def _versions() -> list[Finding]:
+    found = [
+        Finding("versions", "python", f"{platform.python_version()} ({sys.executable})"),
+        Finding("versions", "icon2_rt", _installed("icon2_rt") or "not installed, imported from a folder"),
+    ]
+    for name, (low, high) in _NEEDED.items():
+        version = _installed(name)
+        if version is None:
+            state: State = "note" if name == "triton" and sys.platform != "linux" else "missing"
+            found.append(Finding("versions", name, "not installed", state, f"needs {low} to below {high}"))
+        elif not _number(low) <= _number(version) < _number(high):
+            found.append(Finding("versions", name, version, "note", f"tested with {low} to below {high}"))
+        else:
+            found.append(Finding("versions", name, version))
+    for name, use in _OPTIONAL.items():
+        version = _installed(name)
+        found.append(Finding("versions", name, version or "not installed", "ok" if version else "note", use))
+    return found
+
+
+def _devices() -> list[Finding]:
+    cpu = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    found = [Finding("devices", "cpu", cpu, advice=f"torch uses {torch.get_num_threads()} threads")]
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        return [*found, Finding("devices", "cuda", "none", "note", why)]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        value = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        found.append(Finding("devices", f"cuda:{i}", value, "note", NEVER_RUN_ON_HARDWARE["cuda"]))
+    return found
+
+
+def _backends() -> list[Finding]:
+    device = _device()
+    found = [
+        Finding("backends", name, "available" if why_not is None else "not available", "ok" if not why_not else "note",
+                why_not or _MEANING[name])
+        for name, why_not in ops.available(device).items()
+    ]  # fmt: skip
+    extension = importlib.util.find_spec("icon2_rt._native")
+    if extension is None:
+        found.append(Finding("backends", "native extension", "not built", "note", "everything works without it"))
+    else:
+        found.append(Finding("backends", "native extension", str(extension.origin)))
+    return found
+
+
+_MEANING = {
+    "reference": "plain PyTorch: the definition of every operation, runs everywhere",
+    "triton": "Triton kernels, for CUDA devices",
+    "native": "C++ and CUDA, compiled at installation",
+}
+
+
+def _model() -> list[Finding]:
+    from icon2_rt import tiny
+
+    path = tiny.path()
+    there = (path / "config.json").is_file()
+    size = sum(file.stat().st_size for file in Path(path).glob("*")) if there else 0
+    value = f"{path} ({size / 2**20:.1f} MiB)" if there else "not there"
+    return [Finding("model", "tiny", value, "ok" if there else "missing", "the chat model that ships with the package")]
+
+
+def _choice() -> list[Finding]:
+    device = _device()
+    why = "a CUDA device is there" if device.type == "cuda" else "there is no CUDA device"
+    backend = ops.select("auto", device).backend
+    others = [name for name, reason in ops.available(device).items() if reason is None and name != backend]
+    because = f"no stored result shows {' or '.join(others)} right and faster here" if others else "the only one here"
+    return [
+        Finding("would be used", "device", str(device), advice=why),
+        Finding("would be used", "backend", backend, advice=because),
+    ]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu → (2, 13, 0)."""
+    digits = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        digits.append(int(part))
+    return tuple(digits)
