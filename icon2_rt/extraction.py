@@ -16,7 +16,7 @@ RANK = 64
 
 
 class _TruncatedSVD:
-    """The rows seen so far, per block, as ``u [n_layers, n, r] · s [n_layers, 1, r] @ basis [n_layers, r, hidden]``, r ≤ RANK."""
+    """The rows seen so far, per block: ``u [n_layers, n, r] · s [n_layers, 1, r] @ basis [n_layers, r, hidden]``."""
 
     def __init__(self, n_layers: int, hidden: int):
         self.u = torch.zeros(n_layers, 0, 0)

@@ -56,10 +56,11 @@ class PairedOutput:
             raise ValueError("to_preference() needs text, and this runtime was made without a tokenizer")
         if isinstance(self.prompt, str):
             return {"prompt": self.prompt, "chosen": self.positive.text, "rejected": self.negative.text}
-        if any(isinstance(part, int) for part in self.prompt):
+        messages = [dict(part) for part in self.prompt if isinstance(part, Mapping)]
+        if not messages:
             raise ValueError("to_preference() needs a text or chat prompt; this one was given as token ids")
         return {
-            "prompt": [dict(message) for message in self.prompt],  # type: ignore[call-overload]
+            "prompt": messages,
             "chosen": [{"role": "assistant", "content": self.positive.text}],
             "rejected": [{"role": "assistant", "content": self.negative.text}],
         }

@@ -66,7 +66,7 @@ class Encoder:
         return self.check(_as_ids(ids))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._need_tokenizer("text").decode(list(ids), skip_special_tokens=True)
+        return str(self._need_tokenizer("text").decode(list(ids), skip_special_tokens=True))
 
     def _text(self, text: str) -> list[int]:
         tokenizer = self._need_tokenizer("a text prompt")
@@ -86,7 +86,8 @@ class Encoder:
         for message in messages:
             if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
                 raise ValueError(f'a chat message is {{"role": ..., "content": ...}}, not {message!r}')
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        chat = [dict(message) for message in messages]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
         # The template writes the BOS itself where the model wants one.
         return list(tokenizer.encode(text, add_special_tokens=False))
 

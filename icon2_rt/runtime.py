@@ -379,7 +379,8 @@ class Runtime:
             self._warned.add(direction.name)
             warnings.warn(
                 f"direction {direction.name!r} was made on another model ({direction.model_name or direction.model}, "
-                f"fingerprint {direction.model}); this one is {self.name} ({self.fingerprint}). The sizes fit, the meaning may not.",
+                f"fingerprint {direction.model}); this one is {self.name} ({self.fingerprint}). "
+                f"The sizes fit, the meaning may not.",
                 stacklevel=2,
             )
 
@@ -456,7 +457,7 @@ class Runtime:
         prefix: Prefix | None,
         progress: bool,
     ) -> Iterator[list[int]]:
-        """Run prompts a batch at a time; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
+        """Run prompts in batches; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
         tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
         with tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
             for batch in self._engine.read(tokens, visit, prefix.pinned if prefix is not None else None):
@@ -479,7 +480,8 @@ class Runtime:
         for d in chosen:
             if (d.n_layers, d.hidden_size) != size:
                 raise ValueError(
-                    f"direction {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, the model has {size[0]} of size {size[1]}"
+                    f"direction {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, "
+                    f"the model has {size[0]} of size {size[1]}"
                 )
             self.check_model(d)
         bank = torch.stack([d.vectors * (d.scale != 0)[:, None] for d in chosen], dim=1).to(self.device)
@@ -501,7 +503,7 @@ class Runtime:
         method: Literal["pca", "mean_difference"] = "pca",
         progress: bool = False,
     ) -> Direction:
-        """The direction that separates ``positive[i]`` from ``negative[i]`` at the last token, per block (Icon², step 1).
+        """The direction from ``negative[i]`` to ``positive[i]`` at the last token, per block (Icon², step 1).
 
         Args:
             method: "pca", the first singular vector of the uncentred differences (the paper's), or "mean_difference".
@@ -581,7 +583,7 @@ class Prefix:
             for n, prompt in enumerate(prompts):
                 if is_chat(prompt):
                     raise ValueError(
-                        f"prompts[{n}]: a chat cannot continue a prefix that is text or ids; pass the prefix as messages"
+                        f"prompts[{n}]: a chat cannot continue a prefix of text or ids; pass the prefix as messages"
                     )
             text = [
                 p
@@ -594,7 +596,7 @@ class Prefix:
         for n, prompt in enumerate(prompts):
             if not is_chat(prompt):
                 raise ValueError(f"prompts[{n}]: only a chat can continue a prefix of messages")
-            ids = encoder.encode([*self._start, *prompt])  # type: ignore[list-item]
+            ids = encoder.encode([*self._start, *prompt])
             if tuple(ids[: len(self.tokens)]) != self.tokens:
                 raise ValueError(
                     f"prompts[{n}]: with this chat template the whole chat does not begin with the prefix's tokens; "

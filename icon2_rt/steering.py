@@ -188,7 +188,8 @@ class Direction:
         return next(iter(found))
 
     def __repr__(self) -> str:
-        return f"Direction({self.name!r}, n_layers={self.n_layers}, hidden_size={self.hidden_size}, layers={_runs(self.layers)})"
+        size = f"n_layers={self.n_layers}, hidden_size={self.hidden_size}"
+        return f"Direction({self.name!r}, {size}, layers={_runs(self.layers)})"
 
 
 class DirectionSet:
@@ -339,8 +340,8 @@ class Steering:
 class CompiledSteering:
     """A steering as the engine runs it: K unit vectors per block and their coefficients, overlaps resolved.
 
-    ``vectors`` holds K fp32 tensors ``[n_layers, hidden]`` with ``keys[k]`` naming the content of each (equal key = equal
-    bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. A steering that does nothing anywhere
+    ``vectors`` holds K fp32 tensors ``[n_layers, hidden]`` with ``keys[k]`` naming the content of each (equal key =
+    equal bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. A steering that does nothing anywhere
     compiles to None, so that "no steering" has one form.
     """
 
@@ -449,8 +450,8 @@ def _orthonormal(
         if length < _DEPENDENT:
             if abs(target - implied) > 1e-4 * max(1.0, abs(target)):
                 raise ValueError(
-                    f"block {layer}: direction {name!r} is clamped to {target:g}, but the other clamps there already fix "
-                    f"its projection at {implied:g}"
+                    f"block {layer}: direction {name!r} is clamped to {target:g}, but the other clamps there "
+                    f"already fix its projection at {implied:g}"
                 )
             out.append(None)
             out_targets.append(0.0)
@@ -487,7 +488,7 @@ def _active(term: Term) -> Tensor:
 
 
 def _strength(value: float | Sequence[float] | Tensor, direction: Direction) -> Tensor:
-    if isinstance(value, bool | str) or isinstance(value, Direction | Steering):
+    if isinstance(value, bool | str | Direction | Steering):
         raise TypeError(f"a strength is a number, or one number per block, not {value!r}")
     strength = torch.as_tensor(value, dtype=torch.float32, device="cpu")
     if strength.ndim > 1 or (strength.ndim == 1 and len(strength) != direction.n_layers):
@@ -521,13 +522,10 @@ def _show(s: slice) -> str:
 
 def _runs(layers: Sequence[int]) -> str:
     """``[9, 10, 11, 20]`` as ``9:12, 20``, the way a person would slice."""
-    parts: list[str] = []
-    start = previous = None
-    for layer in [*layers, None]:  # type: ignore[list-item]
-        if start is not None and layer == previous + 1:
-            previous = layer
-            continue
-        if start is not None:
-            parts.append(str(start) if start == previous else f"{start}:{previous + 1}")
-        start = previous = layer
-    return ", ".join(parts) or "none"
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([layer, layer + 1])
+    return ", ".join(str(a) if b == a + 1 else f"{a}:{b}" for a, b in runs) or "none"

@@ -121,10 +121,10 @@ def plan_items(
     depth = max(map(len, places))
     rows = np.zeros((n, width), dtype=np.int64)
     held_pages = np.zeros((n, split_pages), dtype=np.int64)
-    for item, (group, held) in enumerate(zip(members, pages, strict=True)):
+    for item, (group, ids) in enumerate(zip(members, pages, strict=True)):
         rows[item, : len(group)] = group
-        held_pages[item, : len(held)] = held
-        held_pages[item, len(held) :] = held[0]
+        held_pages[item, : len(ids)] = ids
+        held_pages[item, len(ids) :] = ids[0]
     mask = np.where(np.arange(split) < np.array(lengths)[:, None], 0.0, -np.inf).astype(np.float32)
     merge = np.zeros((len(tables), depth), dtype=np.int64)
     merge_mask = np.full((len(tables), depth), -np.inf, dtype=np.float32)

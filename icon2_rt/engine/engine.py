@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class Engine:
             plan = self._plan(request)
             self._check_fits(
                 plan.pages + plan.reused,
-                f"prompt {request.index}: {plan.rows} branch(es) of {len(request.tokens)} prompt + {request.budget} new tokens",
+                f"prompts[{request.index}]: {plan.rows} branch(es) of {len(request.tokens)} prompt tokens "
+                f"and {request.budget} new ones",
                 f"{plan.shared} shared × {plan.copies} version(s) of the prompt + {plan.own} own × {plan.rows}",
             )
 
@@ -166,7 +168,7 @@ class Engine:
         """Take groups from the front while they fit; prefill them together."""
         admitted: list[list[Row]] = []
         jobs: list[Prefill] = []
-        partial: list[PageCopy] = []
+        copies: list[PageCopy] = []
         while waiting:
             request = waiting[0]
             n_rows = n_running + sum(map(len, admitted))
@@ -174,15 +176,15 @@ class Engine:
                 break
             if self._plan(request).pages > self.kv.free_pages:
                 break
-            rows, job, copies = self._open(request)
+            rows, job, partly_filled = self._open(request)
             waiting.popleft()
             admitted.append(rows)
             jobs.append(job)
-            partial += copies
+            copies += partly_filled
         if admitted:
             try:
                 run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk)
-                for source, target, blocks in partial:
+                for source, target, blocks in copies:
                     self.kv.copy(source, target, blocks)
             except BaseException:
                 for rows in admitted:
@@ -282,10 +284,8 @@ class Engine:
                     count = self.kv.pages_for(starts[n])
                     self.kv.copy(prefix.pages[:count], pages[:count])
                 work.append(Prefill(prompts[n], starts[n], len(prompts[n]), [Copy(None, pages)]))
-            run_prefill(
-                self.model, self.kv, self.bank, work, self.options.prefill_chunk,
-                observe=lambda pieces, layer, h, jobs=jobs: observe(jobs, pieces, layer, h),
-            )  # fmt: skip
+            watch = partial(observe, jobs)
+            run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, observe=watch)
             yield jobs
 
     def score(
@@ -376,8 +376,8 @@ class Engine:
     def _check_free(self, pages: int) -> None:
         if pages > self.kv.free_pages:
             raise RuntimeError(
-                f"{pages} KV pages are needed and {self.kv.free_pages} of {self.kv.n_pages} are free: the others are held "
-                f"by an open stream or by rt.prefix(...). Finish or close it first, or use a larger kv_memory."
+                f"{pages} KV pages are needed and {self.kv.free_pages} of {self.kv.n_pages} are free: the others are "
+                f"held by an open stream or by rt.prefix(...). Finish or close it first, or use a larger kv_memory."
             )
 
 

@@ -37,7 +37,7 @@ class Model:
 
 @dataclass
 class Stream:
-    """The rows between two blocks: the residual and the last block's output, not yet added to it (None at the start)."""
+    """The rows between two blocks: the residual and the last block's output, not yet added (None at the start)."""
 
     residual: Tensor  # [rows, hidden]
     x: Tensor | None  # [rows, hidden]
@@ -53,7 +53,7 @@ def embed(model: Model, tokens: Tensor) -> Stream:
 
 
 def rotary(model: Model, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin ``[rows, d]`` of ``positions [rows]``, computed in fp32 and rounded to the model's dtype, as transformers does."""
+    """cos, sin ``[rows, d]`` of ``positions [rows]``: fp32, then rounded to the model's dtype, as transformers does."""
     angles = positions[:, None].float() * model.weights.inv_freq
     angles = torch.cat((angles, angles), dim=-1)
     scale = model.spec.rope_scaling

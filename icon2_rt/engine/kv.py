@@ -82,8 +82,9 @@ def plan_pages(
         budget = _parse_bytes(kv_memory)
     if budget < each:
         raise ValueError(
-            f"kv_memory={kv_memory!r} ({budget} bytes) holds no page: one page of {page_size} tokens takes {each} bytes "
-            f"(2 × {spec.n_layers} blocks × {spec.n_kv_heads} KV heads × {spec.head_dim} × {page_size} × {dtype.itemsize})"
+            f"kv_memory={kv_memory!r} ({budget} bytes) holds no page: a page of {page_size} tokens takes {each} bytes "
+            f"(2 · {spec.n_layers} blocks · {spec.n_kv_heads} KV heads · {spec.head_dim} · {page_size} tokens · "
+            f"{dtype.itemsize} bytes)"
         )
     return budget // each
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.forward import Model, Observe, embed, finish, rotary, run_blocks
 from icon2_rt.engine.kv import KVPages
-from icon2_rt.ops import Segment
+from icon2_rt.ops import RowSteering, Segment
 from icon2_rt.steering import CompiledSteering
 
 
@@ -147,7 +147,7 @@ def _run_pack(
 
         return positions.to(device), torch.cat(slots).to(device), attend
 
-    def steer(copies: list[tuple[int, int, int, Copy]]):
+    def steer(copies: list[tuple[int, int, int, Copy]]) -> RowSteering | None:
         which = [
             n if position >= copy.steer_from else -1
             for n, (_, start, end, copy) in enumerate(copies)

@@ -49,7 +49,7 @@ class Request:
 
     @property
     def reused(self) -> int:
-        """Positions whose KV comes from the pinned prefix: none where the prompt itself is steered (it would differ)."""
+        """Positions whose KV comes from the pinned prefix: none where the prompt itself is steered."""
         if self.prefix is None or any(self.prompt_steerings):
             return 0
         return min(len(self.prefix.tokens), len(self.tokens) - 1)

@@ -28,10 +28,10 @@ _HARMLESS = {
 # What "not used" looks like for the others; anything else would change the output, and raises.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "typical_p": (1.0,), "top_h": (1.0,),
-    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,), "diversity_penalty": (0.0,), "guidance_scale": (1.0,), "token_healing": (False,),
-    "bad_words_ids": ([],), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "use_mtp": (False,),
-    "prompt_lookup_num_tokens": (0,),
+    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "diversity_penalty": (0.0,),
+    "guidance_scale": (1.0,), "token_healing": (False,), "bad_words_ids": ([],), "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],), "use_mtp": (False,), "prompt_lookup_num_tokens": (0,),
 }  # fmt: skip
 
 

@@ -54,10 +54,10 @@ def select(backend: str, device: torch.device) -> Ops:
         return Ops("reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, not {backend!r}")
-    why_not = available(device)[backend]  # type: ignore[index]
+    why_not = available(device)[backend]
     if why_not is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}. Use backend='auto' or 'reference'.")
-    return Ops(backend)  # type: ignore[arg-type]
+    return Ops(backend)
 
 
 __all__ = [

@@ -71,7 +71,7 @@ def add_steer_rmsnorm(
 
 
 def steer(h: Tensor, steering: RowSteering, layer: int, which: Tensor) -> Tensor:
-    """The law (design: one law) on ``h [n, hidden]`` fp32, all of whose rows have an active term; returns a new tensor."""
+    """The steering law on ``h [n, hidden]`` fp32, all of whose rows have an active term; returns a new tensor."""
     u = steering.bank[steering.index[which], layer]  # [n, K, hidden]
     alpha, beta = steering.alpha[which, :, layer], steering.beta[which, :, layer]  # [n, K]
     coefficient = alpha + beta * (u @ h[:, :, None])[:, :, 0]

@@ -55,7 +55,7 @@ def sample(logits: Tensor, index: Tensor, how: RowSampling) -> tuple[Tensor, Ten
 
 
 def process(scores: Tensor, how: RowSampling) -> Tensor:
-    """What also bears on a greedy choice: repetition penalty (prompt included), then banned tokens. ``[rows, vocab]``."""
+    """``[rows, vocab]``; what also bears on a greedy choice: repetition penalty (prompt included), banned tokens."""
     if how.repetition_penalty is not None and how.seen is not None:
         penalty = how.repetition_penalty[:, None]
         scores = torch.where(how.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
