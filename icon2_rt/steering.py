@@ -341,8 +341,8 @@ class CompiledSteering:
     """A steering as the engine runs it: K unit vectors per block and their coefficients, overlaps resolved.
 
     ``vectors`` holds K fp32 tensors ``[n_layers, hidden]`` with ``keys[k]`` naming the content of each (equal key =
-    equal bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. A steering that does nothing anywhere
-    compiles to None, so that "no steering" has one form.
+    equal bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. A steering that does nothing
+    anywhere compiles to None, so that "no steering" has one form.
     """
 
     vectors: tuple[Tensor, ...]
