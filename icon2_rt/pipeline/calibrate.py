@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from icon2_rt.pipeline.config import PairsConfig
 from icon2_rt.pipeline.criteria import Criterion
-from icon2_rt.pipeline.pairs import Kept, Strengths
-from icon2_rt.pipeline.sampling import neutral, stage_seed
+from icon2_rt.pipeline.pairs import Kept, Strengths, response_sampling
+from icon2_rt.pipeline.sampling import stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
@@ -107,12 +107,7 @@ def climb(
         seed=stage_seed(seed, "calibration"),
         noise="common",
         sample_ids=[item.instruction.id for item in items],
-        generation_config=neutral(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=eos_token_ids,
-        ),
+        generation_config=response_sampling(config, eos_token_ids),
     )
     responses = [[output.branches[k] for output in outputs] for k in range(len(signed))]
 

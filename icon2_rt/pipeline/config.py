@@ -292,7 +292,9 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.directions.file is not None:
         if config.criteria:
             errors.append("criteria: leave them out, directions.file brings its own")
-        errors += _without_effect(config.directions, "directions", ("method",))
+        if config.calibration is not None:
+            errors.append("calibration: needs the criteria's system prompts, which directions.file does not bring")
+        errors += _without_effect(config.directions, "directions", ("method", "features", "features_file"))
     if config.instructions.file is not None:
         errors += _without_effect(
             config.instructions, "instructions", ("draws", "temperature", "top_p", "max_new_tokens")

@@ -19,6 +19,8 @@ from icon2_rt.pipeline.sampling import neutral, stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from icon2_rt import Completion, Runtime
 
 # Why a draw is dropped, in the order in which the rules are applied.
@@ -46,13 +48,7 @@ def synthesise(
         [list(frame.pre_query)] * len(ids),
         sample_ids=list(ids),
         seed=stage_seed(seed, "instructions"),
-        generation_config=neutral(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=frame.stop_token_ids,
-            stop_string=frame.stop_string,
-        ),
+        generation_config=instruction_sampling(config, frame),
     )
     counts = Counter(drawn=len(ids))
     kept = []
@@ -65,6 +61,17 @@ def synthesise(
         else:
             counts[reason] += 1
     return kept, counts
+
+
+def instruction_sampling(config: InstructionsConfig, frame: ChatFrame) -> GenerationConfig:
+    """How instructions are drawn: neutral settings, ended by the end of the user's turn."""
+    return neutral(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=frame.stop_token_ids,
+        stop_string=frame.stop_string,
+    )
 
 
 def clean(

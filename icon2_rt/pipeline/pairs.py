@@ -12,6 +12,8 @@ from icon2_rt.pipeline.sampling import neutral, stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from icon2_rt import Completion, DirectionSet, PairedOutput, Runtime, Scored
 
 REPETITION_NGRAM = 4
@@ -76,12 +78,7 @@ def decode(
         seed=stage_seed(seed, "pairs"),
         noise=config.noise,
         sample_ids=[item.instruction.id for item in kept],
-        generation_config=neutral(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=eos_token_ids,
-        ),
+        generation_config=response_sampling(config, eos_token_ids),
     )
     for n, output in enumerate(stream, start=1):
         outputs[output.index] = output
@@ -95,6 +92,16 @@ def decode(
         record(item, output, strengths, unsteered[2 * i], unsteered[2 * i + 1])
         for i, (item, output) in enumerate(zip(kept, finished, strict=True))
     ]
+
+
+def response_sampling(config: PairsConfig, eos_token_ids: Sequence[int]) -> GenerationConfig:
+    """How responses are drawn, in pairs and in the calibration of their strengths."""
+    return neutral(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=eos_token_ids,
+    )
 
 
 def record(

@@ -24,8 +24,15 @@ from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.environment import machine, versions
 from icon2_rt.pipeline.files import from_jsonl, sha256, to_json, to_jsonl
 from icon2_rt.pipeline.folder import Artifact, RunFolder
-from icon2_rt.pipeline.instructions import REASONS, Instruction, read_instructions, synthesise, without_duplicates
-from icon2_rt.pipeline.pairs import Kept, Strengths, decode
+from icon2_rt.pipeline.instructions import (
+    REASONS,
+    Instruction,
+    instruction_sampling,
+    read_instructions,
+    synthesise,
+    without_duplicates,
+)
+from icon2_rt.pipeline.pairs import Kept, Strengths, decode, response_sampling
 from icon2_rt.pipeline.sampling import stage_seed
 from icon2_rt.pipeline.templates import ChatFrame, chat_frame
 from icon2_rt.steering import DirectionSet
@@ -152,7 +159,7 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         }
         if before is not None:
             _same_identity(before["identity"], identity, folder.path)
-        manifest = before or _manifest(config, identity, frame, layers)
+        manifest = before or _manifest(config, identity, frame, layers, eos)
         folder.write_manifest(manifest)
         folder.log("resumed" if before else "started")
         state = _Run(config, folder, rt, frame, eos, layers, room, watch)
@@ -251,7 +258,7 @@ def _brief(value: Any) -> str:
 
 
 def _manifest(
-    config: RunConfig, identity: Mapping[str, Any], frame: ChatFrame, layers: Sequence[int]
+    config: RunConfig, identity: Mapping[str, Any], frame: ChatFrame, layers: Sequence[int], eos: Sequence[int]
 ) -> dict[str, Any]:
     """Everything that decides the bytes, written before the first of them."""
     notes = []
@@ -271,6 +278,10 @@ def _manifest(
         "seeds": {
             "run": config.seed,
             **{stage: stage_seed(config.seed, stage) for stage in ("instructions", "calibration", "pairs")},
+        },
+        "sampling": {
+            "instructions": instruction_sampling(config.instructions, frame).to_diff_dict(),
+            "pairs": response_sampling(config.pairs, eos).to_diff_dict(),
         },
         "notes": notes,
         "finished": False,

@@ -16,8 +16,10 @@ from typing import Any
 
 Chat = list[dict[str, str]]
 
-# Texts that begin in different ways (case, digit, non-Latin), and none of which a template would contain or trim.
-_PROBES = ("Quibble7", "zest9", "4Xylo", "Ünder5", "火8", "kWh3")
+# Texts that no template would contain or trim, to see where the user's text goes.
+_PROBES = ("Quibble7", "zest9", "4Xylo", "Ünder5", "火8")
+# Common beginnings, which tokenizers have merged with a space in front of them.
+_OPENINGS = ("What", "the", "The", "a", "I", "in", "Write", "How", "please", "1")
 _SYSTEM = "Sphinx6Brief"
 
 
@@ -85,7 +87,8 @@ def chat_frame(tokenizer: Any, eos_token_ids: Sequence[int] = ()) -> ChatFrame:
                 f"the user's turn begins cannot be told: {text[:200]!r}"
             )
     before, after = texts[_PROBES[0]].split(_PROBES[0])
-    ids = [_encode(tokenizer, text) for text in texts.values()]
+    openings = [_render(tokenizer, [{"role": "user", "content": text}]) for text in _OPENINGS]
+    ids = [_encode(tokenizer, text) for text in [*texts.values(), *openings]]
     shared = (len(set(column)) == 1 for column in zip(*ids, strict=False))
     pre_query = ids[0][: sum(itertools.takewhile(bool, shared))]
     if not pre_query:

@@ -1,0 +1,193 @@
+"""RunConfig: everything that is wrong is said at once, with its key's path; and the derived settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from icon2_rt.pipeline.config import RunConfig, controlled_layers, parse_layers, read_criteria
+
+
+def _errors(table: dict) -> list[str]:
+    with pytest.raises(ValueError) as caught:
+        RunConfig.from_dict(table)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_all_errors_at_once_each_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        """
+        modle = "x"
+        seed = -1
+        [pairs]
+        temprature = 1.0
+        positive = "strong"
+        negative = 0.1
+        layers = "a:b"
+        [filter]
+        scale = "zscor"
+        keep = 2
+        [instructions]
+        draws = true
+        file = "nowhere.jsonl"
+        [criteria.honesty]
+        positive = " "
+        [calibration]
+        doses = []
+        [runtime]
+        max_rows = 1.5
+        [direction]
+        """
+    )
+    with pytest.raises(ValueError) as caught:
+        RunConfig.load(path)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{path}: 16 problems"
+    assert [line.strip().split(":")[0] for line in lines] == [
+        "modle",
+        "direction",
+        "model",
+        "seed",
+        "criteria.honesty.positive",
+        "criteria.honesty.negative",
+        "runtime.max_rows",
+        "instructions.draws",
+        "filter.scale",
+        "filter.keep",
+        "pairs.temprature",
+        "pairs.positive",
+        "pairs.negative",
+        "pairs.layers",
+        "calibration.doses",
+        "instructions.file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"model": "m", "sed": 1}, "sed: unknown option (did you mean 'seed'?)"),
+        ({"model": "m", "filter": {"scal": "raw"}}, "filter.scal: unknown option (did you mean 'scale'?)"),
+        ({}, "model: is missing, and there is no default"),
+        ({"model": ""}, "model: must not be empty, got ''"),
+        ({"model": 3}, "model: must be a text in quotes, not 3"),
+        ({"model": "m", "pairs": 3}, "pairs: must be a table of settings, not 3"),
+        ({"model": "m", "seed": True}, "seed: must be a whole number, not True"),
+        ({"model": "m", "filter": {"keep": 0}}, "filter.keep: must be greater than 0, got 0.0"),
+        ({"model": "m", "filter": {"keep": float("nan")}}, "filter.keep: must be a finite number, not nan"),
+        ({"model": "m", "pairs": {"negative": 0.1}}, "pairs.negative: must be less than 0, got 0.1"),
+        ({"model": "m", "criteria": {"a": {"positive": "x"}}}, "criteria.a.negative: is missing, and there is no "
+         "default"),
+        ({"model": "m", "runtime": {"kv_memory": "lots"}}, "runtime.kv_memory: must be bytes or a size like "
+         "\"8GiB\", got 'lots'"),
+    ],
+)  # fmt: skip
+def test_messages(table: dict, expected: str) -> None:
+    assert expected in _errors(table)
+
+
+def test_options_that_contradict_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "d.safetensors"
+    file.touch()
+    same = {"positive": "p", "negative": "p"}
+    errors = _errors({"model": "m", "calibration": {}, "pairs": {"positive": 0.1}, "criteria": {"x": same}})
+    assert [e.split(":")[0] for e in errors] == ["pairs.positive", "criteria.x"]
+    errors = _errors({"model": "m", "directions": {"file": str(file), "method": "mean_difference"}, "calibration": {}})
+    assert [e.split(":")[0] for e in errors] == ["calibration", "directions.method"]
+    errors = _errors({"model": "m", "instructions": {"file": str(file), "draws": 5, "min_chars": 9, "max_chars": 3}})
+    assert [e.split(":")[0] for e in errors] == ["instructions.max_chars", "instructions.draws"]
+
+
+def test_a_cross_check_is_not_lost_behind_a_simple_error() -> None:
+    errors = _errors({"model": "m", "sed": 0, "calibration": {}, "pairs": {"positive": 0.1}})
+    assert [e.split(":")[0] for e in errors] == ["sed", "pairs.positive"]
+
+
+@pytest.mark.parametrize("content", [b"model = ", b"model = 'x'\nmodel = 'y'", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.toml is not"):
+        RunConfig.load(path)
+
+
+def test_plain_values_and_back() -> None:
+    config = RunConfig.from_dict(
+        {
+            "model": "m",
+            "seed": 3,
+            "criteria": {"kind": {"positive": "be kind", "negative": "be cruel"}},
+            "runtime": {"kv_memory": "1GiB"},
+            "calibration": {"doses": [0.1, 1]},
+        }
+    )
+    assert config.calibration is not None
+    assert config.calibration.doses == (0.1, 1.0)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert RunConfig.from_dict({"model": "m"}).to_dict()["pairs"]["temperature"] == 0.8
+
+
+def test_files_are_relative_to_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/mine.txt").write_text("Hello?\n")
+    (tmp_path / "sub/run.toml").write_text('model = "m"\ninstructions.file = "mine.txt"\n')
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig.load("sub/run.toml").instructions.file == str((tmp_path / "sub/mine.txt").resolve())
+
+
+def test_default_criteria_are_four_and_the_tiny_models_are_its_own() -> None:
+    from icon2_rt import tiny
+
+    names = ["honesty", "harmlessness", "helpfulness", "general"]
+    assert list(RunConfig.from_dict({"model": "m"}).resolved_criteria()) == names
+    for name, criterion in RunConfig.from_dict({"model": "tiny"}).resolved_criteria().items():
+        assert (criterion.positive, criterion.negative) == tuple(tiny.CRITERIA[name])
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "first", "last"),
+    [(32, 10, 20), (36, 12, 24), (48, 16, 32)],  # 1-based and inclusive, as the paper prints them
+)
+def test_the_middle_is_the_papers_band(n_layers: int, first: int, last: int) -> None:
+    assert controlled_layers("middle", n_layers) == list(range(first - 1, last))
+
+
+@pytest.mark.parametrize("n_layers", range(1, 65))
+def test_the_middle_exists_for_every_model(n_layers: int) -> None:
+    layers = controlled_layers("middle", n_layers)
+    assert layers
+    assert layers == list(range(layers[0], layers[-1] + 1))
+    assert layers[0] >= 0
+    assert layers[-1] < n_layers
+
+
+def test_layer_ranges() -> None:
+    assert controlled_layers("9:20", 32) == list(range(9, 20))
+    assert controlled_layers("-4:", 8) == [4, 5, 6, 7]
+    assert controlled_layers("3", 8) == [3]
+    assert controlled_layers("-1", 8) == [7]
+    assert controlled_layers("all", 3) == [0, 1, 2]
+    for text in ("9:20", "5:5", "6:2"):
+        with pytest.raises(ValueError, match=r"pairs\.layers"):
+            controlled_layers(text, 8)
+    for text in ("", "a:b", "1:2:3", "upper"):
+        with pytest.raises(ValueError, match="0-based range"):
+            parse_layers(text)
+
+
+def test_criteria_files(tmp_path: Path) -> None:
+    path = tmp_path / "criteria.toml"
+    path.write_text('[kind]\npositive = "Be kind."\nnegative = "Be cruel."\n')
+    assert read_criteria(path)["kind"].negative == "Be cruel."
+    path.write_text('model = "m"\n[criteria.kind]\npositive = "Be kind."\nnegative = "Be cruel."\n')
+    assert list(read_criteria(path)) == ["kind"]
+    path.write_text('[kind]\npositive = "Be kind."\nnegativ = "Be cruel."\n[other]\npositive = "x"\nnegative = "x"\n')
+    with pytest.raises(ValueError) as caught:
+        read_criteria(path)
+    assert "did you mean 'negative'" in str(caught.value)
+    assert "other: positive and negative are the same" in str(caught.value)
+    path.write_text("")
+    with pytest.raises(ValueError, match="no criterion"):
+        read_criteria(path)

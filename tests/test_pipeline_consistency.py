@@ -1,0 +1,256 @@
+"""The consistency score and the filter, against the formulas written out; hygiene; figures over pairs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from icon2_rt import Completion, Direction, DirectionSet
+from icon2_rt.pipeline import consistency, health
+from icon2_rt.pipeline.config import FilterConfig, InstructionsConfig
+from icon2_rt.pipeline.instructions import Instruction, clean, read_instructions, without_duplicates
+from icon2_rt.pipeline.pairs import Strengths, first_difference, repetition
+from icon2_rt.pipeline.sampling import neutral, stage_seed
+from icon2_rt.pipeline.templates import chat_frame
+from tests.models import tiny_tokenizer
+
+NAMES = ["a", "b", "c"]
+
+
+def _projections(n: int = 40, seed: int = 0) -> torch.Tensor:
+    return (
+        torch.randn(n, 3, 5, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 3.0, 1.0])[:, None] + 1
+    )
+
+
+def test_raw_is_the_mean_over_blocks() -> None:
+    projected = _projections()
+    verdict = consistency.judge(projected, NAMES)
+    for i, row in enumerate(projected.tolist()):
+        scores = [statistics.fmean(blocks) for blocks in row]
+        assert verdict.scores[i].tolist() == pytest.approx(scores, abs=1e-6)
+        assert verdict.best[i] == max(range(3), key=scores.__getitem__)
+        assert verdict.score[i] == pytest.approx(max(scores), abs=1e-6)
+        assert verdict.margin[i] == pytest.approx(sorted(scores)[-1] - sorted(scores)[-2], abs=1e-5)
+    assert sum(verdict.histogram.values()) == 40
+
+
+def test_zscore_brings_every_block_and_criterion_to_one_scale() -> None:
+    projected = _projections()
+    scores = consistency.judge(projected, NAMES, "zscore").scores
+    for c in range(3):
+        columns = [[row[c][layer] for row in projected.tolist()] for layer in range(5)]
+        for i in range(40):
+            z = [(column[i] - statistics.fmean(column)) / statistics.pstdev(column) for column in columns]
+            assert float(scores[i, c]) == pytest.approx(statistics.fmean(z), abs=1e-5)
+
+
+def test_zscore_does_not_see_scale_or_offset() -> None:
+    projected = _projections()
+    moved = projected * torch.tensor([5.0, 0.1, 2.0])[:, None] + torch.tensor([100.0, -3.0, 0.0])[:, None]
+    assert torch.equal(
+        consistency.judge(projected, NAMES, "zscore").best, consistency.judge(moved, NAMES, "zscore").best
+    )
+    assert set(consistency.judge(moved, NAMES).best.tolist()) == {0}  # raw is decided by the offset
+
+
+def test_zscore_of_a_block_without_spread_is_zero() -> None:
+    projected = _projections()
+    projected[:, :, 2] = 7.0
+    scores = consistency.judge(projected, NAMES, "zscore").scores
+    assert torch.isfinite(scores).all()
+    assert consistency.judge(projected[:1], NAMES, "zscore").scores.abs().max() == 0
+
+
+def test_bad_projections() -> None:
+    with pytest.raises(ValueError, match=r"\[instructions, 3 criteria, blocks\]"):
+        consistency.judge(torch.zeros(4, 2, 5), NAMES)
+    with pytest.raises(ValueError):
+        consistency.judge(torch.zeros(0, 3, 5), NAMES)
+    projected = _projections()
+    projected[7, 1, 1] = math.nan
+    with pytest.raises(ValueError, match="instruction 7"):
+        consistency.judge(projected, NAMES)
+    with pytest.raises(ValueError, match="scale"):
+        consistency.judge(_projections(), NAMES, "rank")
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.1, 0.5, 1.0])
+def test_the_best_share_is_kept(keep: float) -> None:
+    verdict = consistency.judge(_projections(), NAMES)
+    rows = consistency.select(verdict, FilterConfig(keep=keep))
+    assert len(rows) == max(1, round(40 * keep))
+    assert rows == sorted(set(rows))
+    left = set(range(40)) - set(rows)
+    if left:
+        assert min(verdict.score[rows]) >= max(verdict.score[list(left)])
+
+
+def test_margin_and_ties() -> None:
+    verdict = consistency.judge(_projections(), NAMES)
+    rows = consistency.select(verdict, FilterConfig(keep=1.0, margin=1.0))
+    assert rows == [i for i in range(40) if verdict.margin[i] >= 1.0]
+    assert consistency.select(verdict, FilterConfig(keep=1.0, margin=1e9)) == []
+    equal = consistency.judge(torch.ones(10, 3, 5), NAMES)
+    assert consistency.select(equal, FilterConfig(keep=0.3)) == [0, 1, 2]
+
+
+def test_one_criterion_has_no_margin() -> None:
+    verdict = consistency.judge(_projections()[:, :1], ["a"])
+    assert verdict.histogram == {"a": 40}
+    assert torch.isinf(verdict.margin).all()
+    assert consistency.warnings(verdict) == []
+    assert len(consistency.select(verdict, FilterConfig(keep=0.5, margin=3.0))) == 20
+
+
+def test_a_degenerate_choice_is_told() -> None:
+    projected = _projections()
+    assert consistency.warnings(consistency.judge(projected, NAMES, "zscore")) == []
+    projected[:, 1] += 100
+    first, second = consistency.warnings(consistency.judge(projected, NAMES))
+    assert "degenerate: 40 of 40 instructions get 'b'" in first
+    assert "'a', 'c'" in second
+
+
+def test_a_given_criterion_is_respected() -> None:
+    verdict = consistency.judge(_projections(), NAMES)
+    forced = consistency.with_given(verdict, ["c", *[None] * 39])
+    assert forced.best[0] == 2
+    assert forced.score[0] == verdict.scores[0, 2]
+    assert forced.margin[0] == verdict.scores[0, 2] - max(verdict.scores[0, :2])
+    assert torch.equal(forced.best[1:], verdict.best[1:])
+    assert consistency.with_given(verdict, [None] * 40) is verdict
+
+
+def _completion(text: str, finish: str = "eos") -> Completion:
+    ids = tiny_tokenizer().encode(text, add_special_tokens=False)
+    return Completion(text, ids, [0.0] * len(ids), finish, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("completion", "config", "expected"),
+    [
+        (_completion("  Why?\n<|end|>"), {}, ("Why?", None)),
+        (_completion(" \n<|end|>"), {}, ("", "empty")),
+        (_completion("Why", "length"), {}, ("", "truncated")),
+        (_completion("Why<|user|>?<|end|>"), {}, ("", "special")),
+        (_completion("Why?<|end|>"), {"min_chars": 5}, ("", "length")),
+        (_completion("Why?<|end|>"), {"max_chars": 3}, ("", "length")),
+        (_completion("Why?<|end|>"), {"min_chars": 4, "max_chars": 4}, ("Why?", None)),
+    ],
+)
+def test_hygiene(completion: Completion, config: dict, expected: tuple[str, str | None]) -> None:
+    tokenizer = tiny_tokenizer()
+    assert clean(completion, chat_frame(tokenizer), tokenizer, InstructionsConfig(**config)) == expected
+
+
+def test_hygiene_cuts_at_the_stop_string() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "[INST] {{ messages[0].content }} [/INST]"
+    frame = chat_frame(tokenizer)
+    assert clean(_completion("Why? [/INST]", "stop_string"), frame, tokenizer, InstructionsConfig()) == ("Why?", None)
+
+
+def test_duplicates_aside_from_case_and_spacing() -> None:
+    found = [Instruction(i, text) for i, text in enumerate(["Why?", "why?", "Why  ?", " WHY?\n", "How?", "ﬁx", "fix"])]
+    kept, dropped = without_duplicates(found)
+    assert [item.id for item in kept] == [0, 2, 4, 5]
+    assert dropped == 3
+    kept, dropped = without_duplicates(found, seen=[Instruction(99, "HOW?")])
+    assert [item.id for item in kept] == [0, 2, 5]
+
+
+def test_instruction_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("One?\n\n  Two?  \n")
+    assert [(item.id, item.text) for item, _ in read_instructions(path)] == [(0, "One?"), (1, "Two?")]
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 7, "instruction": "One?", "criterion": "x"}\n{"id": 3, "instruction": "Two?"}\n')
+    assert [item.id for item, _ in read_instructions(path)] == [7, 3]
+    assert read_instructions(path)[0][1]["criterion"] == "x"
+    for content, message in (
+        ("", "no instruction"),
+        ('{"instruction": 3}', "must be a text, not 3"),
+        ('{"prompt": "x"}', "must be a text"),
+        ('{"id": "x", "instruction": "y"}', "whole number"),
+        ('{"id": 1, "instruction": "y"}\n{"id": 1, "instruction": "z"}', "more than once"),
+        ('{"id": 1, "instr', "line 1: not JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_instructions(path)
+
+
+def test_first_difference_and_repetition() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert repetition([1, 2, 3]) == 0
+    assert repetition(list(range(50))) == 0
+    assert repetition([1, 2] * 50) == pytest.approx(1 - 2 / 97)
+
+
+def test_neutral_settings_owe_nothing_to_transformers_defaults() -> None:
+    config = neutral(temperature=0.7, top_p=0.9, max_new_tokens=5, eos_token_id=[3, 4], stop_string="x")
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.7, 0.9, 0)
+    assert (config.repetition_penalty, config.eos_token_id, config.stop_strings) == (1.0, [3, 4], ["x"])
+    assert neutral(temperature=0, top_p=0.9, max_new_tokens=5, eos_token_id=[]).do_sample is False
+
+
+def test_stage_seeds_differ() -> None:
+    seeds = [stage_seed(seed, stage) for seed in range(50) for stage in ("instructions", "pairs", "calibration")]
+    assert len(set(seeds)) == 150
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_doses_and_norms() -> None:
+    states = torch.zeros(2, 3, 4)
+    states[:, 0, 0], states[0, 1, 1], states[1, 1, 1] = 2.0, 3.0, 5.0
+    norms = health.residual_norms(states)
+    assert norms == [2.0, 4.0, 0.0]
+    doses = health.doses(Strengths(0.1, -0.2, (1, 2)), norms)
+    assert doses["positive"] == [None, pytest.approx(0.025), None]
+    assert doses["negative"] == [None, pytest.approx(0.05), None]
+
+
+def test_weak_and_strong_contrast() -> None:
+    def direction(name: str, contrast: float) -> Direction:
+        return Direction(name, torch.eye(4)[:3], health={"contrast": [9.0, contrast, contrast]})
+
+    found = health.direction_warnings(DirectionSet([direction("weak", 0.04), direction("strong", 0.3)]), (1, 2))
+    assert len(found) == 1
+    assert found[0].startswith("weak")
+    cosines = health.similarities(DirectionSet([direction("a", 1), direction("b", 1)]))
+    assert cosines == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def _row(chosen: str, rejected: str, **changes: object) -> dict:
+    row: dict = {"criterion": "a", "first_difference": 2, "prompt": [], **changes}
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        row[side] = [{"role": "assistant", "content": text}]
+        defaults = {"tokens": len(text), "finish": "eos", "repetition": 0.0, "logprob_unsteered": -2.0 * len(text)}
+        row |= {f"{side}_{key}": row.get(f"{side}_{key}", value) for key, value in defaults.items()}
+    return health.without_text(row)
+
+
+def test_pair_health_and_its_warnings() -> None:
+    rows = [_row("abcd", "ab"), _row("ab", "ab", first_difference=None), _row("abcd", " ", rejected_finish="length")]
+    figures = health.pair_health(rows)
+    assert figures["pairs"] == 3
+    assert figures["identical"] == pytest.approx(1 / 3)
+    assert figures["length_ratio"] == 2.0
+    assert figures["median_first_difference"] == 2
+    assert figures["chosen"]["logprob_per_token"] == -2.0
+    assert figures["rejected"]["cut_off"] == figures["rejected"]["empty"] == pytest.approx(1 / 3)
+    found = " ".join(health.pair_warnings(figures))
+    assert all(
+        word in found for word in ("identical", "rejected responses were cut off", "rejected responses are empty")
+    )
+    assert health.pair_warnings(health.pair_health([_row("abcd", "abce")])) == []
+    assert health.pair_warnings(health.pair_health([])) == ["no pairs"]
+    assert Counter(figures["per_criterion"]) == {"a": 3}
