@@ -66,4 +66,4 @@ bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/icon2 bench
 
 docs: $(VENV)/.dev ## the API reference, into build/docs
-	$(BIN)/python -m pdoc -o build/docs icon2_rt
+	$(BIN)/python -m pdoc -o build/docs icon2_rt icon2_rt.formats icon2_rt.pipeline icon2_rt.tiny
