@@ -44,19 +44,22 @@ class Recipe:
     """Everything that decides the weights. The thread count is part of it: it decides the order of sums."""
 
     seed: int = 0
-    threads: int = 2
-    steps: int = 16000
-    warmup: int = 300
-    batch_tokens: int = 1600
+    threads: int = 1
+    steps: int = 10000
+    warmup: int = 200
+    decay_share: float = 0.25
+    truth_first: int = 1200
+    batch_tokens: int = 1200
     learning_rate: float = 2.0e-3
-    final_share: float = 0.02
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     response_weight: float = 3.0
-    pool: int = 4096
+    value_weight: float = 9.0
+    pool: int = 2048
+    documents_per_step: int = 30
     hidden: int = 128
-    intermediate: int = 384
+    intermediate: int = 256
     layers: int = 6
     heads: int = 4
     kv_heads: int = 2
@@ -132,25 +135,47 @@ def build_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
 # Training
 
 
+def documents(recipe: Recipe) -> Iterator[world.Document]:
+    """Endless documents, never repeated.
+
+    Before step `truth_first` no question is answered with a lie (about `documents_per_step` documents make a step). With
+    half of the answers lies a fact is too faint to be picked up early, and lying is quickly learned once facts are known.
+    """
+    rng = random.Random(recipe.seed + 1)
+    made = 0
+    while True:
+        document = world.sample_document(rng)
+        early = made < recipe.truth_first * recipe.documents_per_step
+        if early and document.instruction.kind == "question":
+            while document.instruction.kind != "question" or document.quality != "good":
+                document = world.sample_document(rng)
+        made += 1
+        yield document
+
+
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids [b, t] int64, weights [b, t] fp32); weights[i, j] is that of predicting ids[i, j].
 
-    Documents are never repeated. Those of one batch have about one length; padding is on the right, where causal
-    attention never looks, so no mask is needed.
+    Documents of one batch have about one length; padding is on the right, where causal attention never looks, so no mask
+    is needed. The word of an answer that names a fact's value weighs more than the words around it, which any answer has.
     """
-    rng = random.Random(recipe.seed + 1)
+    rng = random.Random(recipe.seed + 2)
+    source = documents(recipe)
     encode = tokenizer.backend_tokenizer.encode_batch
+    words = [f"{gap}{value}" for a in world.ATTRIBUTES for value in world.LEXICON[a.value] for gap in ("", " ")]
+    values = {e.ids[-1] for e in encode(words, add_special_tokens=False)}
     while True:
-        documents = [world.sample_document(rng) for _ in range(recipe.pool)]
-        texts = [t for d in documents for t in (d.system or "", d.instruction.text, d.response)]
+        pool = [next(source) for _ in range(recipe.pool)]
+        texts = [t for d in pool for t in (d.system or "", d.instruction.text, d.response)]
         pieces = [e.ids for e in encode(texts, add_special_tokens=False)]
         rows: list[tuple[list[int], list[float]]] = []
-        for i, document in enumerate(documents):
+        for i, document in enumerate(pool):
             system, user, answer = pieces[3 * i : 3 * i + 3]
             head = [BOS] + ([SYSTEM, *system, END] if document.system else []) + [USER]
-            ids = head + user + [END, ASSISTANT] + answer + [END]
+            facts = values.difference(user) if document.instruction.kind == "question" else set()
             weights = [0.0] * len(head) + [1.0] * (len(user) + 1) + [0.0]
-            rows.append((ids, weights + [recipe.response_weight] * (len(answer) + 1)))
+            weights += [recipe.value_weight if t in facts else recipe.response_weight for t in answer]
+            rows.append((head + user + [END, ASSISTANT] + answer + [END], [*weights, recipe.response_weight]))
         rows.sort(key=lambda row: len(row[0]))
         chunks: list[list[tuple[list[int], list[float]]]] = [[]]
         for row in rows:
@@ -167,11 +192,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tupl
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to `final_share` of the peak."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (recipe.final_share + (1 - recipe.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
+    """Linear warm-up, a plateau, and over the last `decay_share` of the steps half a cosine down to nothing."""
+    left = (recipe.steps - step) / (recipe.steps * recipe.decay_share)
+    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 - math.cos(math.pi * min(1.0, left)))
 
 
 def train(
@@ -221,9 +244,15 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write both in the form that any transformers reads, old ones too: the template inside, a class name they know."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("backend", "extra_special_tokens")}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
 
 
 # --------------------------------------------------------------------------------------------------------------------
