@@ -138,8 +138,9 @@ def build_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
 def documents(recipe: Recipe) -> Iterator[world.Document]:
     """Endless documents, never repeated.
 
-    Before step `truth_first` no question is answered with a lie (about `documents_per_step` documents make a step). With
-    half of the answers lies a fact is too faint to be picked up early, and lying is quickly learned once facts are known.
+    Before step `truth_first` no question is answered with a lie (about `documents_per_step` documents make a step).
+    With half of the answers lies a fact is too faint to be picked up early; lying is quickly learned once facts are
+    known.
     """
     rng = random.Random(recipe.seed + 1)
     made = 0
@@ -156,8 +157,8 @@ def documents(recipe: Recipe) -> Iterator[world.Document]:
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids [b, t] int64, weights [b, t] fp32); weights[i, j] is that of predicting ids[i, j].
 
-    Documents of one batch have about one length; padding is on the right, where causal attention never looks, so no mask
-    is needed. The word of an answer that names a fact's value weighs more than the words around it, which any answer has.
+    Documents of one batch have about one length; padding is on the right, where causal attention never looks, so no
+    mask is needed. The word of an answer that names a fact's value weighs more than the words around it.
     """
     rng = random.Random(recipe.seed + 2)
     source = documents(recipe)
@@ -249,7 +250,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config = {k: v for k, v in config.items() if k not in ("backend", "extra_special_tokens")}
+    config = {
+        k: v for k, v in config.items() if k not in ("backend", "extra_special_tokens", "is_local", "local_files_only")
+    }
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model.safetensors").chmod(0o644)
