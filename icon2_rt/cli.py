@@ -287,7 +287,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
+        app(prog_name="icon2")
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None

@@ -20,6 +20,7 @@ import torch
 
 from icon2_rt.pipeline import calibrate, consistency, dataset, health
 from icon2_rt.pipeline.config import PAPER_STRENGTHS, RunConfig, controlled_layers
+from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.environment import machine, versions
 from icon2_rt.pipeline.files import from_jsonl, sha256, to_json, to_jsonl
@@ -217,6 +218,13 @@ def check_room(rt: Runtime, frame: ChatFrame, config: RunConfig) -> int:
     return positions - config.pairs.max_new_tokens
 
 
+def system_tokens(rt: Runtime, frame: ChatFrame, criteria: Mapping[str, Criterion]) -> int:
+    """How many tokens the longest of the contrastive system prompts adds to a chat."""
+    bare = len(rt.encode(frame.messages("a")))
+    prompts = [text for criterion in criteria.values() for text in (criterion.positive, criterion.negative)]
+    return max(len(rt.encode(frame.messages("a", system=text))) for text in prompts) - bare
+
+
 def _input_files(config: RunConfig) -> dict[str, str]:
     """Checksums of the files that the config names: another content is another run."""
     named = {
@@ -300,8 +308,10 @@ def _features(run: _Run) -> tuple[Artifact | None, list[Instruction]]:
             drawn = [instruction for instruction, _ in read_instructions(config.features_file)]
             counts = Counter(drawn=len(drawn))
         else:
+            # They are read under the system prompts, and a calibration scores whole responses under them.
+            room = run.room - system_tokens(run.rt, run.frame, run.config.resolved_criteria())
             drawn, counts = synthesise(
-                run.rt, run.frame, range(config.features), run.config.instructions, run.config.seed, run.room
+                run.rt, run.frame, range(config.features), run.config.instructions, run.config.seed, room
             )
         features, counts["duplicate"] = without_duplicates(drawn)
         if len(features) < 2:

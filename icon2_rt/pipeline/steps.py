@@ -8,7 +8,7 @@ from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.files import to_jsonl
 from icon2_rt.pipeline.instructions import read_instructions, synthesise, without_duplicates
-from icon2_rt.pipeline.run import Watch, check_room, end_tokens, load_runtime, silent
+from icon2_rt.pipeline.run import Watch, end_tokens, load_runtime, silent, system_tokens
 from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.steering import DirectionSet
 
@@ -25,9 +25,8 @@ def directions(config: RunConfig, watch: Watch = silent) -> DirectionSet:
         features = [instruction for instruction, _ in given]
     else:
         watch("feature instructions", 0, section.features)
-        drawn, _ = synthesise(
-            rt, frame, range(section.features), config.instructions, config.seed, check_room(rt, frame, config)
-        )
+        room = rt.spec.max_length - system_tokens(rt, frame, criteria)
+        drawn, _ = synthesise(rt, frame, range(section.features), config.instructions, config.seed, room)
         features, _ = without_duplicates(drawn)
         watch("feature instructions", section.features, section.features)
     watch("directions", 0, len(criteria))
@@ -41,12 +40,11 @@ def instructions(config: RunConfig, watch: Watch = silent) -> tuple[bytes, Mappi
     rt = load_runtime(config)
     watch("model", 1, 1)
     frame = chat_frame(rt.tokenizer, end_tokens(rt))
-    room = check_room(rt, frame, config)
     found, counts = [], None
     for start in range(0, section.draws, section.shard_size):
         watch("instructions", start, section.draws)
         ids = range(start, min(start + section.shard_size, section.draws))
-        drawn, dropped = synthesise(rt, frame, ids, section, config.seed, room)
+        drawn, dropped = synthesise(rt, frame, ids, section, config.seed, rt.spec.max_length)
         found += drawn
         counts = dropped if counts is None else counts + dropped
     assert counts is not None

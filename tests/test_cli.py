@@ -1,0 +1,206 @@
+"""The command line: every command with its help, real work, and one paragraph with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icon2_rt import DirectionSet, cli, doctor
+from icon2_rt.pipeline import files
+from tests.models import tiny_llama, tiny_tokenizer
+
+Icon2 = Callable[..., tuple[int, str, str]]
+
+COMMANDS = ["demo", "run", "directions", "instructions", "pairs", "bench", "doctor"]
+CRITERIA = (
+    '[kind]\npositive = "Be kind."\nnegative = "Be cruel."\n[brief]\npositive = "Be brief."\nnegative = "Talk."\n'
+)
+
+
+@pytest.fixture
+def icon2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Icon2:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["icon2", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        assert isinstance(code, int | None)
+        return code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(eos_token_id=1, bos_token_id=0, pad_token_id=0).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(icon2: Icon2, command: str) -> None:
+    code, out, err = icon2(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"icon2 {command}" in out
+
+
+def test_help_lists_every_command(icon2: Icon2) -> None:
+    code, out, _ = icon2("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+def _refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, the words on stderr, nothing on stdout, and no traceback."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_bad_input_ends_with_2(icon2: Icon2, tmp_path: Path) -> None:
+    broken, typo, text = tmp_path / "broken.toml", tmp_path / "typo.toml", tmp_path / "a.txt"
+    broken.write_text("model = ")
+    typo.write_text('model = "x"\nsed = 1\n[pairs]\npositive = -1\n')
+    text.write_text("Why?\n")
+    _refused(icon2("demo", "--wrong"), "--wrong")
+    _refused(icon2("sing"), "sing")
+    _refused(icon2("run"), "config")
+    _refused(icon2("run", tmp_path / "none.toml"), "none.toml", "No such file")
+    _refused(icon2("run", broken), "not valid TOML")
+    _refused(icon2("run", typo), "2 problems", "did you mean 'seed'", "pairs.positive")
+    _refused(icon2("run", tmp_path), "directory")
+    _refused(icon2("instructions", "m", "-n", "0", "--out", tmp_path / "a.jsonl"), "instructions.draws", "at least 1")
+    _refused(icon2("instructions", "m", "-n", "many", "--out", tmp_path / "a.jsonl"), "integer")
+    _refused(icon2("instructions", "m", "--out", tmp_path / "a.csv"), ".jsonl")
+    _refused(icon2("instructions", "m", "--out", tmp_path / "no/a.jsonl"), "no folder")
+    _refused(icon2("directions", "m", "--criteria", typo, "--out", tmp_path / "d.safetensors"), "wrong criteria")
+    _refused(
+        icon2("pairs", "m", "--directions", tmp_path / "d", "--instructions", text, "--out", tmp_path / "o"), "no file"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "broken.toml", "typo.toml"]
+
+
+def test_a_model_that_is_not_there(icon2: Icon2, tmp_path: Path) -> None:
+    _refused(icon2("instructions", tmp_path / "nothing", "--out", tmp_path / "a.jsonl"), "nothing")
+
+
+def test_a_full_disk(icon2: Icon2, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    out = tmp_path / "a.jsonl"
+    code, _, err = icon2("instructions", model, "-n", 4, "--max-new-tokens", 8, "--out", out)
+    assert code == 2
+    assert "No space left on device" in err.splitlines()[-1]
+    assert str(out) in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traceback_where_it_is_wanted(icon2: Icon2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICON2_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        icon2("run", tmp_path / "none.toml")
+
+
+def test_stopped_by_hand(icon2: Icon2, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(prog_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", stop)
+    code, _, err = icon2("doctor")
+    assert code == 130
+    assert "the same command continues" in err
+
+
+def test_the_single_steps_in_a_row(icon2: Icon2, model: Path, tmp_path: Path) -> None:
+    """directions → instructions → pairs, each from the files of the one before."""
+    criteria, given = tmp_path / "criteria.toml", tmp_path / "features.txt"
+    criteria.write_text(CRITERIA)
+    given.write_text("Why?\nWhat is it?\nHow?\nWrite a song.\n")
+    directions, instructions, out = tmp_path / "d.safetensors", tmp_path / "i.jsonl", tmp_path / "pairs"
+    code, text, err = icon2("directions", model, "--criteria", criteria, "--instructions", given, "--out", directions)
+    assert code == 0, err
+    assert DirectionSet.load(directions).names == ["kind", "brief"]
+    assert "kind" in text
+
+    code, text, err = icon2(
+        "instructions", model, "-n", 24, "--max-new-tokens", 150, "--out", instructions, "--seed", 3
+    )
+    assert code == 0, err
+    items = [json.loads(line) for line in instructions.read_text().splitlines()]
+    assert f"{len(items)} instructions" in text
+    assert items
+
+    given.write_text("Why?\nHow?\nWhen?\n")
+    arguments = ["--directions", directions, "--instructions", given, "--out", out, "--max-new-tokens", 8]
+    code, text, err = icon2("pairs", model, *arguments, "--positive", 1, "--negative", -0.5, "--layers", "1:3")
+    assert code == 0, err
+    assert "3 pairs" in text
+    summary = json.loads((out / "summary.json").read_bytes())
+    assert summary["strengths"]["layers"] == [1, 2]
+    assert summary["counts"]["pairs"] == 3
+    code, _, err = icon2("pairs", model, *arguments, "--positive", 2, "--negative", -0.5, "--layers", "1:3")
+    assert code == 2
+    assert "pairs.positive: 1.0 there, 2.0 now" in err
+
+
+def test_output_without_a_terminal_is_plain_text(model: Path, tmp_path: Path) -> None:
+    """No colour codes, no bars that overwrite themselves, no line beyond 100 columns."""
+    command = [sys.executable, "-c", "from icon2_rt.cli import main; main()", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert "reference" in done.stdout
+
+
+def test_doctor_says_what_would_be_used_and_why() -> None:
+    findings = doctor.examine()
+    by_name = {(f.section, f.name): f for f in findings}
+    import torch
+
+    assert by_name["versions", "torch"].value == torch.__version__
+    device = by_name["would be used", "device"]
+    assert device.value == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert device.advice
+    assert by_name["would be used", "backend"].value in ("reference", "triton", "native")
+    for finding in findings:
+        assert finding.state in ("ok", "missing", "note")
+        if finding.state != "ok":
+            assert finding.advice, f"{finding.name}: what is not right needs a word on what to do"
+
+
+def test_doctor_sees_wrong_and_missing_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.9.1", "transformers": None, "triton": "3.7.1", "numpy": "2.4.6", "safetensors": "0.8.0"}
+    monkeypatch.setattr(doctor, "_installed", versions.get)
+    by_name = {f.name: f for f in doctor.examine() if f.section == "versions"}
+    assert by_name["torch"].state == "note"
+    assert "2.11" in by_name["torch"].advice
+    assert by_name["transformers"].state == "missing"
+    assert by_name["triton"].state == "ok"
+
+
+def test_bench_needs_a_checkout(icon2: Icon2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "icon2_rt/cli.py"))
+    _refused(icon2("bench"), "checkout")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    assert icon2("bench", "--quick")[0] == 3

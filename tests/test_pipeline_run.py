@@ -1,0 +1,449 @@
+"""Whole runs on a random model: well-formed datasets, and the same bytes after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from icon2_rt import Direction, DirectionSet, Runtime
+from icon2_rt.pipeline import dataset
+from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.run import RunResult, load_runtime, run
+from icon2_rt.pipeline.templates import chat_frame
+from tests.models import tiny_llama, tiny_tokenizer
+
+# Random weights write gibberish that seldom ends: long draws, and most of them dropped.
+SETTINGS: dict[str, Any] = {
+    "seed": 5,
+    "criteria": {
+        "kind": {"positive": "Be kind.", "negative": "Be cruel."},
+        "brief": {"positive": "Be brief.", "negative": "Ramble on."},
+    },
+    "runtime": {"threads": 1, "kv_memory": "32MiB"},
+    "directions": {"features": 24},
+    "instructions": {"draws": 48, "max_new_tokens": 150, "shard_size": 20},
+    "filter": {"keep": 0.8, "scale": "zscore"},
+    "pairs": {"positive": 1.0, "negative": -0.5, "max_new_tokens": 24, "shard_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a random Llama with a chat template."""
+    path = tmp_path_factory.mktemp("model")
+    llama = tiny_llama(eos_token_id=1, bos_token_id=0, pad_token_id=0)
+    with torch.no_grad():
+        llama.lm_head.weight[[0, 2, 3, 4]] = 0  # the other special tokens: rarer than the rest
+    llama.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def _config(model: Path, **changes: Any) -> RunConfig:
+    table = {"model": str(model), **SETTINGS, **{k: v for k, v in changes.items() if not isinstance(v, dict)}}
+    for section, values in changes.items():
+        if isinstance(values, dict):
+            table[section] = {**SETTINGS.get(section, {}), **values}
+    return RunConfig.from_dict({key: value for key, value in table.items() if value is not None})
+
+
+@pytest.fixture(scope="module")
+def config(model: Path) -> RunConfig:
+    return _config(model)
+
+
+@pytest.fixture(scope="module")
+def rt(config: RunConfig) -> Iterator[Runtime]:
+    threads = torch.get_num_threads()
+    yield load_runtime(config)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(config: RunConfig, rt: Runtime, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """One uninterrupted run; tests that change the folder copy it."""
+    return run(config, tmp_path_factory.mktemp("runs") / "whole", rt=rt)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves but its log and its lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", ".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def _copy(result: RunResult, to: Path) -> Path:
+    for name, data in _bytes(result.path).items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_bytes(data)
+    return to
+
+
+def test_nothing_is_lost_or_doubled_on_the_way(finished: RunResult) -> None:
+    counts = finished.summary["counts"]
+    drawn = counts["instructions"]
+    dropped = sum(drawn[reason] for reason in ("truncated", "empty", "special", "length", "too long", "duplicate"))
+    assert drawn["drawn"] == 48 == drawn["clean"] + dropped
+    assert drawn["kept"] == round(0.8 * drawn["clean"]) == counts["pairs"]
+    assert counts["pairs"] >= 6  # or the rest of this file tests little
+    assert counts["shards"] == -(-counts["pairs"] // 4)
+    kept = [json.loads(line) for line in (finished.path / "kept.jsonl").read_text().splitlines()]
+    records = list(finished.records())
+    assert [r["id"] for r in records] == [k["id"] for k in kept]
+    assert len({r["id"] for r in records}) == len(records)
+    assert sum(finished.summary["consistency"]["histogram"].values()) == drawn["clean"]
+    assert finished.manifest["finished"] is True
+    assert finished.manifest["counts"] == counts
+
+
+def test_records_are_well_formed(finished: RunResult, rt: Runtime) -> None:
+    kept = {k["id"]: k for k in map(json.loads, (finished.path / "kept.jsonl").read_text().splitlines())}
+    for record in finished.records():
+        assert set(record) == set(dataset.COLUMNS)
+        item = kept[record["id"]]
+        assert record["prompt"] == [{"role": "user", "content": item["instruction"]}]
+        assert record["criterion"] == max(item["scores"], key=item["scores"].__getitem__)
+        assert record["score"] == item["score"] == max(item["scores"].values())
+        assert (record["strength_positive"], record["strength_negative"]) == (1.0, -0.5)
+        for side in ("chosen", "rejected"):
+            assert [message["role"] for message in record[side]] == ["assistant"]
+            assert 1 <= record[f"{side}_tokens"] <= 24
+            assert (record[f"{side}_finish"] == "length") == (record[f"{side}_tokens"] == 24) or record[
+                f"{side}_finish"
+            ] == "eos"
+            assert record[f"{side}_logprob"] < 0
+            assert record[f"{side}_logprob_unsteered"] < 0
+
+
+def test_a_pair_can_be_made_again_from_what_the_dataset_says(finished: RunResult, rt: Runtime) -> None:
+    """Direction, strength, layers and seed are all there: each response alone, from its record."""
+    directions = DirectionSet.load(finished.path / "directions.safetensors")
+    layers = finished.manifest["controlled_layers"]
+    sampling = dict(finished.manifest["sampling"]["pairs"])
+    sampling = {
+        k: sampling[k] for k in ("temperature", "top_p", "top_k", "do_sample", "max_new_tokens", "eos_token_id")
+    }
+    for record in list(finished.records())[:4]:
+        for side, strength in (("chosen", "strength_positive"), ("rejected", "strength_negative")):
+            [again] = rt.generate(
+                [record["prompt"]],
+                record[strength] * directions[record["criterion"]][layers],
+                seed=[record[f"{side}_seed"]],
+                **sampling,
+            )
+            assert again.text == record[side][0]["content"]
+            assert sum(again.logprobs) == pytest.approx(record[f"{side}_logprob"], abs=1e-3)
+            [scored] = rt.score([record["prompt"]], [again])
+            assert sum(scored.logprobs) == pytest.approx(record[f"{side}_logprob_unsteered"], abs=1e-3)
+
+
+def test_the_steps_are_the_methods_formulas(finished: RunResult, rt: Runtime) -> None:
+    """Directions from the last state under opposite prompts; scores as the mean projection of the bare chat."""
+    directions = DirectionSet.load(finished.path / "directions.safetensors")
+    features = [json.loads(line) for line in (finished.path / "features.jsonl").read_text().splitlines()]
+    chats = {
+        sign: [
+            [{"role": "system", "content": text}, {"role": "user", "content": f["instruction"]}] for f in features
+        ]
+        for sign, text in (("+", "Be kind."), ("-", "Be cruel."))
+    }  # fmt: skip
+    difference = rt.hidden_states(chats["+"]) - rt.hidden_states(chats["-"])
+    for layer in range(rt.spec.n_layers):
+        first = torch.linalg.svd(difference[:, layer].double()).Vh[0].float()
+        first = first * torch.sign(first @ difference[:, layer].mean(dim=0))
+        assert torch.nn.functional.cosine_similarity(first, directions["kind"].vectors[layer], dim=0) > 0.9999
+    shard = [json.loads(line) for line in (finished.path / "instructions/shard-00000.jsonl").read_text().splitlines()]
+    states = rt.hidden_states([[{"role": "user", "content": item["instruction"]}] for item in shard])
+    from safetensors.torch import load_file
+
+    projected = load_file(finished.path / "instructions/shard-00000.safetensors")["projections"]
+    for column, d in enumerate(directions):
+        assert torch.allclose(projected[:, column], torch.einsum("nlh,lh->nl", states, d.vectors), atol=1e-4)
+
+
+def test_a_finished_run_is_left_as_it_is(finished: RunResult, config: RunConfig, rt: Runtime) -> None:
+    def stamps() -> dict[str, int]:
+        return {name: (finished.path / name).stat().st_mtime_ns for name in before}
+
+    before = _bytes(finished.path)
+    then = stamps()
+    again = run(config, finished.path, rt=rt)
+    assert _bytes(finished.path) == before
+    assert stamps() == then
+    assert again.summary == json.loads((finished.path / "summary.json").read_bytes())
+
+
+def test_the_same_config_elsewhere_gives_the_same_bytes(
+    finished: RunResult, config: RunConfig, rt: Runtime, tmp_path: Path
+) -> None:
+    assert _bytes(run(config, tmp_path / "other", rt=rt).path) == _bytes(finished.path)
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "data/shard-00001.parquet",
+        "steps/pairs-00001.json",
+        "instructions/shard-00001.jsonl",
+        "instructions/shard-00000.safetensors",
+        "features.jsonl",
+        "directions.safetensors",
+        "kept.jsonl",
+        "strengths.json",
+        "summary.json",
+        "README.md",
+    ],
+)
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_damage_is_found_and_mended(
+    finished: RunResult, config: RunConfig, rt: Runtime, tmp_path: Path, victim: str, damage: str
+) -> None:
+    folder = _copy(finished, tmp_path)
+    path = folder / victim
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(config, folder, rt=rt)
+    assert _bytes(folder) == _bytes(finished.path)
+
+
+def test_another_config_does_not_continue_a_run(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
+    folder = _copy(finished, tmp_path)
+    changed = _config(model, seed=6, pairs={"temperature": 0.5})
+    with pytest.raises(ValueError) as caught:
+        run(changed, folder, rt=rt)
+    message = str(caught.value)
+    assert "seed: 5 there, 6 now" in message
+    assert "pairs.temperature: 0.8 there, 0.5 now" in message
+    assert len(message.splitlines()) == 3
+    assert _bytes(folder) == _bytes(finished.path)
+
+
+def test_another_model_or_version_does_not_continue_a_run(
+    finished: RunResult, config: RunConfig, rt: Runtime, tmp_path: Path
+) -> None:
+    folder = _copy(finished, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["identity"]["versions"]["torch"] = "1.0"
+    manifest["identity"]["model"]["fingerprint"] = "abc"
+    manifest["identity"]["machine"]["kv_pages"] = 3
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError) as caught:
+        run(config, folder, rt=rt)
+    found = [line.strip().split(":")[0] for line in str(caught.value).splitlines()[1:]]
+    assert found == ["model.fingerprint", "versions.torch", "machine.kv_pages"]
+
+
+def test_memory_and_threads_are_taken_from_the_run_that_is_continued(model: Path, tmp_path: Path) -> None:
+    """What a config leaves open is decided by circumstances once, and then recorded."""
+    config = _config(model, runtime={"kv_memory": None, "threads": None})
+    before = torch.get_num_threads()
+    try:
+        rt = load_runtime(config, {"kv_bytes": 2**20, "threads": 1})
+        assert rt.kv_pages == load_runtime(_config(model, runtime={"kv_memory": 2**20})).kv_pages
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_strange_files_among_the_data_stop_a_run(
+    finished: RunResult, config: RunConfig, rt: Runtime, tmp_path: Path
+) -> None:
+    folder = _copy(finished, tmp_path)
+    (folder / "data/shard-00099.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard-00099\.parquet"):
+        run(config, folder, rt=rt)
+
+
+def test_directions_and_instructions_from_files(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
+    """What one run wrote another can take: the same pairs come out, for the same ids and seeds."""
+    config = _config(
+        model,
+        criteria=None,
+        directions={"file": str(finished.path / "directions.safetensors"), "features": 1024},
+        instructions={"file": str(finished.path / "kept.jsonl"), "draws": 10_000, "max_new_tokens": 256},
+        filter={"keep": 1.0, "scale": "raw"},
+    )
+    result = run(config, tmp_path / "run", rt=rt)
+    assert list(result.records())
+    for ours, theirs in zip(result.records(), finished.records(), strict=True):
+        same = ("id", "criterion", "chosen", "rejected", "chosen_seed", "rejected_seed")
+        assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+
+
+def test_wrong_input_files_are_refused(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "given.jsonl"
+    path.write_text('{"instruction": "Why?", "criterion": "wit"}\n')
+    changes: dict[str, Any] = {
+        "criteria": None,
+        "directions": {"file": str(finished.path / "directions.safetensors"), "features": 1024},
+        "instructions": {"file": str(path), "draws": 10_000, "max_new_tokens": 256},
+    }
+    with pytest.raises(ValueError, match="wants the criterion 'wit'"):
+        run(_config(model, **changes), tmp_path / "a", rt=rt)
+    path.write_text('{"instruction": "Why?"}\n')
+    DirectionSet([Direction("kind", torch.ones(3, 48))]).save(tmp_path / "other.safetensors")
+    changes["directions"]["file"] = str(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="has 3 blocks of size 48, the model has 4"):
+        run(_config(model, **changes), tmp_path / "b", rt=rt)
+
+
+def test_what_cannot_work_with_this_model_is_said_before_any_work(model: Path, rt: Runtime, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"pairs": {"max_new_tokens": 600}}, r"pairs\.max_new_tokens: 600 tokens do not fit: the model has 512"),
+        ({"instructions": {"max_new_tokens": 600}}, r"instructions\.max_new_tokens"),
+        ({"pairs": {"layers": "9:20"}}, r"pairs\.layers"),
+    ):
+        out = tmp_path / str(len(message))
+        with pytest.raises(ValueError, match=message):
+            run(_config(model, **changes), out, rt=rt)
+        assert not (out / "steps").exists()
+
+
+def test_no_usable_instruction_is_an_error_with_the_counts(model: Path, rt: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"usable feature instructions came of 24 \(.* truncated"):
+        run(_config(model, instructions={"max_new_tokens": 1}), tmp_path / "run", rt=rt)
+
+
+def test_calibrated_strengths(model: Path, rt: Runtime, tmp_path: Path) -> None:
+    config = _config(
+        model,
+        pairs={"positive": None, "negative": None},
+        calibration={"doses": [0.05, 0.2], "instructions": 4},
+    )
+    result = run(config, tmp_path / "run", rt=rt)
+    strengths = result.summary["strengths"]
+    rungs = {rung["dose"]: rung for rung in strengths["calibration"]["rungs"]}
+    assert sorted(rungs) == [-0.2, -0.05, 0.0, 0.05, 0.2]
+    norms = [strengths["residual_norms"][i] for i in strengths["layers"]]
+    for dose, rung in rungs.items():
+        assert rung["gamma"] == pytest.approx(dose * sum(norms) / len(norms))
+    assert strengths["positive"] in {rung["gamma"] for dose, rung in rungs.items() if dose > 0}
+    assert strengths["negative"] in {rung["gamma"] for dose, rung in rungs.items() if dose < 0}
+    assert all(record["strength_positive"] == strengths["positive"] for record in result.records())
+
+
+def test_datasets_and_trl_take_it_as_it_is(finished: RunResult, model: Path, tmp_path: Path) -> None:
+    """One step of DPO from the folder, without a line of conversion."""
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cache = str(tmp_path / "cache")
+    whole = datasets.load_dataset(str(finished.path), split="train", cache_dir=cache)
+    data = datasets.load_dataset(
+        "parquet", data_files=str(finished.path / "data/*.parquet"), split="train", cache_dir=cache
+    )
+    assert whole.to_list() == data.to_list() == list(finished.records())
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        args=trl.DPOConfig(
+            str(tmp_path / "dpo"),
+            max_steps=1,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=whole,
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    assert trainer.train().global_step == 1
+    # The tokens that it trains on are those that the model was prompted with and wrote.
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    frame = chat_frame(tokenizer)
+    row, record = trainer.train_dataset[0], whole[0]
+    assert (
+        tokenizer.decode(row["prompt_ids"])
+        == frame.pre_query_text + record["prompt"][0]["content"] + "<|end|><|assistant|>"
+    )
+    assert tokenizer.decode(row["chosen_ids"]) == record["chosen"][0]["content"] + "<|end|>"
+
+
+# One process imports everything once and then forks: what is killed is a real process in the middle of its work.
+_KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.run import run
+
+config, out, seed = RunConfig.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rng = random.Random(seed)
+kills = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        run(config, out)
+        os._exit(0)
+    deadline = time.monotonic() + (rng.uniform(0.05, 1.5) if kills < 8 else 300)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            break
+        time.sleep(0.005)
+    if done:
+        sys.exit(f"{kills} {status}")
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill_at_random_moments_changes_no_byte(finished: RunResult, model: Path, tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(_toml({"model": str(model), **SETTINGS}))
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLER, str(path), str(tmp_path / "run"), str(seed)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    kills, status = map(int, done.stderr.strip().splitlines()[-1].split())
+    assert status == 0, done.stderr
+    assert kills >= 3
+    assert _bytes(tmp_path / "run") == _bytes(finished.path)
+
+
+def test_the_command_continues_after_a_kill(finished: RunResult, model: Path, tmp_path: Path) -> None:
+    """The same command line again, after the process was killed in the middle of its work."""
+    path, out = tmp_path / "run.toml", tmp_path / "run"
+    path.write_text(_toml({"model": str(model), **SETTINGS}))
+    command = [sys.executable, "-c", "from icon2_rt.cli import main; main()", "run", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "steps/directions.json").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert _bytes(out) == _bytes(finished.path)
+    events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert events.count("started") == 1
+    assert events.count("resumed") == 1
+    assert events[-1] == "finished"
+
+
+def _toml(table: dict[str, Any], prefix: str = "") -> str:
+    """Plain values as TOML: JSON's notation is TOML's for all that is used here."""
+    plain = [f"{key} = {json.dumps(value)}\n" for key, value in table.items() if not isinstance(value, dict)]
+    inner = [f"[{prefix}{k}]\n{_toml(v, f'{prefix}{k}.')}" for k, v in table.items() if isinstance(v, dict)]
+    return "".join([*plain, *inner])
