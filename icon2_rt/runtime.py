@@ -61,8 +61,8 @@ class Runtime:
         max_rows: int = 64,
         max_directions: int = 64,
         max_terms: int = 8,
-        page_size: int = 64,
-        split_pages: int = 1,
+        page_size: int = 32,
+        split_pages: int = 8,
         prefill_chunk: int = 2048,
     ):
         if not isinstance(model, PreTrainedModel):

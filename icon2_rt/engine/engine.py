@@ -34,8 +34,8 @@ class EngineOptions:
     """Sizes that are fixed when a runtime is made. ``kv_memory`` in bytes, or None: what is free."""
 
     kv_memory: int | str | None = None
-    page_size: int = 64
-    split_pages: int = 1
+    page_size: int = 32
+    split_pages: int = 8
     max_rows: int = 64
     max_directions: int = 64
     max_terms: int = 8

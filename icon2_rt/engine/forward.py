@@ -53,11 +53,13 @@ def embed(model: Model, tokens: Tensor) -> Stream:
 
 
 def rotary(model: Model, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin ``[rows, d]`` of ``positions [rows]``: fp32, then rounded to the model's dtype, as transformers does."""
-    angles = positions[:, None].float() * model.weights.inv_freq
-    angles = torch.cat((angles, angles), dim=-1)
-    scale = model.spec.rope_scaling
-    return (angles.cos() * scale).to(model.dtype), (angles.sin() * scale).to(model.dtype)
+    """cos and signed sin of ``positions [...]``: ``[..., 1, d]``, as :func:`icon2_rt.ops.rope_append` takes them.
+
+    Computed in fp32, then rounded to the model's dtype, as transformers does.
+    """
+    angles = positions[..., None, None].float() * model.weights.inv_freq
+    cos, sin = angles.cos() * model.spec.rope_scaling, angles.sin() * model.spec.rope_scaling
+    return torch.cat((cos, cos), dim=-1).to(model.dtype), torch.cat((-sin, sin), dim=-1).to(model.dtype)
 
 
 def run_blocks(

@@ -20,11 +20,11 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 
 class KVPages:
-    """The pool: ``k`` and ``v`` are ``[n_layers, pages, KV heads, page_size, head_dim]``; page ids are plain ints."""
+    """The pool: ``k`` and ``v`` are ``[n_layers, pages, page_size, KV heads, head_dim]``; page ids are plain ints."""
 
     def __init__(self, spec: DecoderSpec, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         self.n_pages, self.page_size = n_pages, page_size
-        shape = (spec.n_layers, n_pages, spec.n_kv_heads, page_size, spec.head_dim)
+        shape = (spec.n_layers, n_pages, page_size, spec.n_kv_heads, spec.head_dim)
         self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
         self._references = [0] * n_pages
         self._free = list(range(n_pages - 1, -1, -1))  # a stack: the pages used last are the ones still in cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,8 +66,7 @@ def add_steer_rmsnorm(
         else:
             h = h.index_copy(0, rows, steer(h[rows], steering, layer, steering.which[rows]))
     residual = h.to(residual.dtype)
-    h = residual.float()
-    normed = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True).add_(eps))
+    normed = F.rms_norm(residual.float(), weight.shape, eps=eps)
     return residual, weight * normed.to(weight.dtype)
 
 

@@ -22,15 +22,17 @@ class AttentionItems:
     Attributes:
         rows: ``[n, R]`` int64, the rows of each item (unused places repeat any row; nothing refers to their result).
         pages: ``[n, P]`` int64, the pages of the split (unused places repeat any page; ``mask`` hides them).
-        mask: ``[n, P · page_size]`` fp32, 0 where the position exists and -inf where it does not; ≥ 1 exists per item.
-        merge: ``[batch, M]`` int64, for every row its items' places in the flattened ``n · R``, by position.
-        merge_mask: ``[batch, M]`` fp32, -inf for a row with fewer than M items.
+        mask: ``[n, 1, 1, P · page_size]`` in q's dtype, 0 where the position exists and -inf where it does not; at
+            least one exists in every item.
+        merge: ``[batch, M]`` int64, for every row its items' places in the flattened ``n · R``, by position. None where
+            item i is all of row i and of nothing else.
+        merge_mask: ``[batch, M, 1]`` fp32, -inf for a row with fewer than M items.
     """
 
     rows: Tensor
     pages: Tensor
     mask: Tensor
-    merge: Tensor
+    merge: Tensor | None
     merge_mask: Tensor
 
 
@@ -40,37 +42,50 @@ def grouped_decode_attention(
     """One query position per row against the KV that its items name.
 
     Args:
-        q: ``[batch, H, d]``. k_pages, v_pages: ``[pages, KV, page_size, d]`` of this block. scale: 1/√d.
+        q: ``[batch, H, d]``. k_pages, v_pages: ``[pages, page_size, KV, d]`` of this block. scale: 1/√d.
 
     Returns:
-        ``[batch, H · d]`` in q's dtype; scores, softmax and the merge are fp32.
+        ``[batch, H · d]`` in q's dtype; softmax and the merge are fp32.
     """
     batch, heads, d = q.shape
     n, r = items.rows.shape
-    kv_heads = k_pages.shape[1]
+    kv_heads = k_pages.shape[2]
     group = heads // kv_heads
     k, v = _gather(k_pages, items.pages), _gather(v_pages, items.pages)  # [n, KV, S, d]
+    if items.merge is None:
+        out, _ = attend_with_lse(q.view(n, kv_heads, group, d), k, v, items.mask, scale)
+        return out.reshape(batch, heads * d)
     q = q[items.rows].view(n, r, kv_heads, group, d).transpose(1, 2).reshape(n, kv_heads, r * group, d)
-    scores = (q * scale @ k.transpose(-1, -2)).float() + items.mask[:, None, None, :]
-    lse = scores.logsumexp(dim=-1)  # [n, KV, r * group], natural log
-    out = (scores - lse[..., None]).exp_().to(v.dtype) @ v
-    out = out.view(n, kv_heads, r, group, d).transpose(1, 2).reshape(n * r, heads, d)
-    if items.merge.shape[1] == 1:
-        return out[items.merge[:, 0]].view(batch, heads * d)
-    lse = lse.view(n, kv_heads, r, group).transpose(1, 2).reshape(n * r, heads)
-    weight = (lse[items.merge] + items.merge_mask[:, :, None]).softmax(dim=1)  # [batch, M, H]
-    merged = (weight[..., None] * out[items.merge].float()).sum(dim=1)
-    return merged.to(q.dtype).view(batch, heads * d)
+    out, lse = attend_with_lse(q, k, v, items.mask, scale)
+    out = out.reshape(n, kv_heads, r, group, d).transpose(1, 2).reshape(n * r, heads, d)[items.merge]
+    lse = lse.reshape(n, kv_heads, r, group).transpose(1, 2).reshape(n * r, heads)[items.merge]
+    weight = (lse + items.merge_mask).softmax(dim=1)  # [batch, M, H]
+    return (weight[..., None] * out).sum(dim=1).to(q.dtype).view(batch, heads * d)
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention that also returns the log-sum-exp of the scores (natural log), by which parts are merged.
+
+    Args:
+        q: ``[n, heads, queries, d]``. k, v: ``[n, heads, S, d]``. mask: ``[n, 1, 1, S]``, added to the scores.
+
+    Returns:
+        ``[n, heads, queries, d]`` in q's dtype; ``[n, heads, queries]`` fp32.
+    """
+    if q.device.type == "cpu":
+        # What F.scaled_dot_product_attention runs here; it alone of the public and private forms returns the lse.
+        # 18 µs against 62 µs for the lines below (2 items of 128 positions, one thread).
+        return torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale + mask.float()
+    lse = scores.logsumexp(dim=-1)
+    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
 
 
 def _gather(pages: Tensor, index: Tensor) -> Tensor:
-    """``[pages, KV, page_size, d]`` → ``[n, KV, P · page_size, d]``."""
+    """``[pages, page_size, KV, d]`` and ``[n, P]`` → ``[n, KV, P · page_size, d]``."""
+    _, page_size, kv_heads, d = pages.shape
     n, p = index.shape
-    _, kv_heads, page_size, d = pages.shape
-    found = pages.index_select(0, index.flatten())
-    if p == 1:
-        return found
-    return found.view(n, p, kv_heads, page_size, d).transpose(1, 2).reshape(n, kv_heads, p * page_size, d)
+    return pages.index_select(0, index.view(-1)).view(n, p * page_size, kv_heads, d).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Seq
     """Causal attention of packed prompts, each over its own pages.
 
     Args:
-        q: ``[tokens, H, d]``, the segments one after the other. k_pages, v_pages: ``[pages, KV, page_size, d]``, this
+        q: ``[tokens, H, d]``, the segments one after the other. k_pages, v_pages: ``[pages, page_size, KV, d]``, this
             call's K and V already written. scale: 1/√d.
 
     Returns:
@@ -108,7 +123,7 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Seq
         mask = None if s.start == 0 else torch.ones(n, length, dtype=torch.bool, device=q.device).tril(s.start)
         queries = q[s.begin : s.end].transpose(0, 1)[None]
         seen = F.scaled_dot_product_attention(
-            queries, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != k_pages.shape[1]
+            queries, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != k_pages.shape[2]
         )
         out[s.begin : s.end] = seen[0].transpose(0, 1)
     return out.view(tokens, heads * d)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,34 +22,26 @@ def rope_append(
 
     Args:
         qkv: ``[rows, (H + 2·KV)·d]``, the heads of q, then k, then v.
-        cos, sin: ``[rows, d]`` of each row's position, both halves alike, in qkv's dtype.
+        cos, sin: ``[rows, 1, d]`` of each row's position in qkv's dtype, both halves alike but for the sign of sin,
+            which is negative in the first: x rotated is x · cos + roll(x, d/2) · sin.
         q_norm, k_norm: ``[d]`` RMSNorm weights (Qwen3) or None. eps: their epsilon.
-        k_pages, v_pages: ``[pages, KV, page_size, d]`` of this block; written in place.
-        slots: ``[rows]`` int64, page · page_size + offset; a row's slot is its own, -1 writes nothing.
+        k_pages, v_pages: ``[pages, page_size, KV, d]`` of this block; written in place.
+        slots: ``[rows]`` int64, page · page_size + offset; no two rows have the same.
 
     Returns:
         q ``[rows, H, d]``, rotated.
     """
-    rows = qkv.shape[0]
-    _, kv_heads, page_size, d = k_pages.shape
-    heads = qkv.view(rows, -1, d)
+    _, _, kv_heads, d = k_pages.shape
+    heads = qkv.view(qkv.shape[0], -1, d)
     q_heads = heads.shape[1] - 2 * kv_heads
-    qk, v = heads[:, : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
+    qk, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
     if q_norm is not None and k_norm is not None:
         qk = torch.cat([_rms_norm(qk[:, :q_heads], q_norm, eps), _rms_norm(qk[:, q_heads:], k_norm, eps)], dim=1)
-    half = d // 2
-    rotated = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
-    qk = qk * cos[:, None] + rotated * sin[:, None]
-    k = qk[:, q_heads:]
-    page, offset = slots // page_size, slots % page_size
-    if rows and int(slots.min()) < 0:
-        kept = slots >= 0
-        page, offset, k, v = page[kept], offset[kept], k[kept], v[kept]
-    k_pages[page, :, offset] = k
-    v_pages[page, :, offset] = v
+    qk = torch.addcmul(qk * cos, qk.roll(d // 2, dims=-1), sin)
+    k_pages.view(-1, kv_heads, d).index_copy_(0, slots, qk[:, q_heads:])
+    v_pages.view(-1, kv_heads, d).index_copy_(0, slots, v)
     return qk[:, :q_heads]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    h = x.float()
-    return weight * (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)
