@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Scope = Literal["response", "generated", "all"]
 SCOPES: tuple[Scope, ...] = ("response", "generated", "all")
@@ -501,19 +502,14 @@ def _strength(value: float | Sequence[float] | Tensor, direction: Direction) -> 
     return strength
 
 
-_KEYS: dict[int, tuple[Tensor, str]] = {}
+_KEYS: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 
 
 def _content_key(vectors: Tensor) -> str:
     """A hash of the bytes, remembered per tensor object (slices of a direction share theirs)."""
-    known = _KEYS.get(id(vectors))
-    if known is not None and known[0] is vectors:
-        return known[1]
-    key = hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
-    if len(_KEYS) > 1024:
-        _KEYS.clear()
-    _KEYS[id(vectors)] = (vectors, key)
-    return key
+    if vectors not in _KEYS:
+        _KEYS[vectors] = hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
+    return _KEYS[vectors]
 
 
 def _show(s: slice) -> str:
