@@ -283,9 +283,6 @@ def _text(path: Path | None) -> str | None:
 
 def main() -> None:
     """The ``icon2`` command."""
-    # Other libraries' bars would run through ours. Read when they are imported, so it is set before.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(prog_name="icon2")
     except KeyboardInterrupt:

@@ -14,10 +14,12 @@ from typing import Any
 
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.tiny import oracle
+from icon2_rt.tiny.world import CRITERION_OF_KIND
 
 CONFIG: dict[str, Any] = {
     "model": "tiny",
     "seed": 0,
+    "runtime": {"threads": 1},  # a model this small gains nothing from a second thread
     "directions": {"features": 96},
     "instructions": {"draws": 192, "max_new_tokens": 48, "shard_size": 96},
     "filter": {"scale": "zscore", "keep": 0.5},
@@ -40,10 +42,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The oracle on the pairs. ``better``, ``ties`` and ``worse`` count the pairs where both texts are well formed."""
+    """The oracle on the pairs. ``better``, ``ties`` and ``worse`` count the pairs where both texts are well formed.
+
+    ``known`` counts the instructions that the land knows; ``fitting`` those of them whose criterion c* is the one that
+    their kind is about, of ``specific`` whose c* is not the general one.
+    """
 
     pairs: int
     known: int
+    fitting: int
+    specific: int
     both: int
     better: int
     ties: int
@@ -54,16 +62,21 @@ class Judgement:
 
 def judge(records: Iterable[Mapping[str, Any]]) -> Judgement:
     """Ask the oracle about a dataset's rows."""
-    verdicts = []
+    verdicts, specific = [], []
     for record in records:
         instruction = record["prompt"][0]["content"]
         verdicts.append([oracle.judge(instruction, record[side][0]["content"]) for side in ("chosen", "rejected")])
+        kind = verdicts[-1][0].kind
+        if kind is not None and record["criterion"] in CRITERION_OF_KIND.values():
+            specific.append(record["criterion"] == CRITERION_OF_KIND[kind])
     both = [(c, r) for c, r in verdicts if c.kind is not None and c.well_formed and r.well_formed]
     better = sum(c.score > r.score for c, r in both)
     ties = sum(c.score == r.score for c, r in both)
     return Judgement(
         pairs=len(verdicts),
         known=sum(c.kind is not None for c, _ in verdicts),
+        fitting=sum(specific),
+        specific=len(specific),
         both=len(both),
         better=better,
         ties=ties,

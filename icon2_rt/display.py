@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from icon2_rt.demo import Judgement
 from icon2_rt.doctor import Finding
@@ -50,6 +51,7 @@ class Steps:
             )
 
     def __enter__(self) -> Steps:
+        disable_progress_bar()  # of transformers: it would run through ours
         if self._bars is not None:
             self._bars.start()
         return self
@@ -96,20 +98,30 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
 
 def run_report(summary: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> RenderableType:
     """Everything a run says about itself, in the order of its steps."""
-    parts = [
-        directions_table(summary["directions"]["health"], summary["strengths"]["layers"]),
-        instructions_table(summary),
+    seconds = seconds or {}
+    return Group(
+        directions_table(
+            summary["directions"]["health"],
+            summary["strengths"]["layers"],
+            _took(seconds, "feature instructions", "directions"),
+        ),
+        instructions_table(summary, _took(seconds, "instructions", "consistency")),
         consistency_table(summary),
-        strengths_table(summary),
-        pairs_table(summary),
-    ]
-    if seconds:
-        parts.append(times_line(seconds))
-    parts.append(warnings_list(summary["warnings"]))
-    return Group(*parts)
+        strengths_table(summary, _took(seconds, "strengths")),
+        pairs_table(summary, _took(seconds, "pairs")),
+        warnings_list(summary["warnings"]),
+    )
 
 
-def directions_table(health: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[int]) -> RenderableType:
+def _took(seconds: Mapping[str, float], *steps: str) -> str:
+    """What a step's heading says about its time; nothing where it was done in an earlier run."""
+    total = sum(seconds.get(step, 0.0) for step in steps)
+    return f"  ({total:.1f} s)" if total >= 0.05 else ""
+
+
+def directions_table(
+    health: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[int], took: str = ""
+) -> RenderableType:
     keys = {
         "contrast": "contrast ‖Δ‖/‖h‖",
         "cos_mean_difference": "cos(PC1, mean Δ)",
@@ -120,7 +132,7 @@ def directions_table(health: Mapping[str, Mapping[str, Sequence[float]]], layers
     rows = [[name, *(_mean_at(figures[key], layers, key) for key in shown)] for name, figures in health.items()]
     first, last = layers[0], layers[-1]
     return table(
-        "1. Directions",
+        f"1. Directions{took}",
         ["criterion", *(keys[key] for key in shown)],
         rows,
         f"Means over blocks {first} to {last} (0-based). A contrast under 10 % would mean that the two "
@@ -133,13 +145,13 @@ def _mean_at(values: Sequence[float], layers: Sequence[int], key: str) -> str:
     return f"{mean:.1%}" if key in ("contrast", "sign_agreement") else f"{mean:.3f}"
 
 
-def instructions_table(summary: Mapping[str, Any]) -> RenderableType:
+def instructions_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
     counts = summary["counts"]["instructions"]
     dropped = {key: n for key, n in counts.items() if key not in ("drawn", "clean", "kept")}
     rows = [["drawn from the model itself", counts["drawn"]]]
     rows += [[f"  dropped: {key}", n] for key, n in dropped.items() if n]
     rows += [["clean", counts["clean"]], ["kept by the consistency filter", counts["kept"]]]
-    return table("2. Instructions", ["", "number"], rows)
+    return table(f"2. Instructions{took}", ["", "number"], rows)
 
 
 def consistency_table(summary: Mapping[str, Any]) -> RenderableType:
@@ -170,7 +182,7 @@ def consistency_table(summary: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def strengths_table(summary: Mapping[str, Any]) -> RenderableType:
+def strengths_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
     strengths = summary["strengths"]
     positive, negative = strengths["positive"], strengths["negative"]
     calibration = strengths.get("calibration")
@@ -180,7 +192,7 @@ def strengths_table(summary: Mapping[str, Any]) -> RenderableType:
             [f"{sign} γ = {gamma:+.4g}", _range(doses[sign])]
             for sign, gamma in (("positive", positive), ("negative", negative))
         ]
-        return table("3. Strengths, as given", ["", "dose ‖γu‖/‖h‖ over the controlled blocks"], given)
+        return table(f"3. Strengths, as given{took}", ["", "dose ‖γu‖/‖h‖ over the controlled blocks"], given)
     rows: list[list[str | Text]] = []
     for rung in calibration["rungs"]:
         chosen = {calibration["positive_dose"]: "γ⁺", calibration["negative_dose"]: "γ⁻"}.get(rung["dose"], "")
@@ -195,7 +207,7 @@ def strengths_table(summary: Mapping[str, Any]) -> RenderableType:
             ]
         )
     return table(
-        "3. Strengths, calibrated by dose on this model",
+        f"3. Strengths, calibrated by dose on this model{took}",
         ["dose of ‖h‖", "γ", "log p / token", "fluent", "agreement", "chosen"],
         rows,
         f"Log p under the unsteered model; agreement: how much likelier the response is under the criterion's positive "
@@ -210,7 +222,7 @@ def _range(values: Sequence[float | None]) -> str:
     return f"{min(there):.1%} to {max(there):.1%}" if there else "none"
 
 
-def pairs_table(summary: Mapping[str, Any]) -> RenderableType:
+def pairs_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
     pairs = summary["pairs"]
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     rows = [
@@ -229,12 +241,7 @@ def pairs_table(summary: Mapping[str, Any]) -> RenderableType:
         f"{pairs['pairs']} pairs. Identical: {pairs['identical']:.1%}. Length chosen/rejected: "
         f"{pairs['length_ratio']:.2f}. Median first token that differs: {'none' if first is None else f'{first:g}'}."
     )
-    return table("4. Pairs", ["", "chosen", "rejected"], rows, caption)
-
-
-def times_line(seconds: Mapping[str, float]) -> RenderableType:
-    parts = [f"{step} {value:.1f} s" for step, value in seconds.items() if value >= 0.05]
-    return Text(f"\n  {', '.join(parts)}; {sum(seconds.values()):.1f} s in all", style="dim")
+    return table(f"4. Pairs{took}", ["", "chosen", "rejected"], rows, caption)
 
 
 def warnings_list(warnings: Sequence[str]) -> RenderableType:
@@ -282,7 +289,8 @@ def judgement_table(judgement: Judgement) -> RenderableType:
     caption = (
         f"{judgement.known} of the {judgement.pairs} instructions are ones that the invented land knows. Where both "
         f"responses are well formed ({judgement.both} pairs), the chosen one is better in {judgement.better}, equal in "
-        f"{judgement.ties}, worse in {judgement.worse}."
+        f"{judgement.ties}, worse in {judgement.worse}. c* names the criterion that an instruction is about in "
+        f"{judgement.fitting} of {judgement.specific} (one in three would be chance)."
     )
     return table(
         "Afterwards, the oracle's opinion (the method never saw it)", ["", "chosen", "rejected"], rows, caption

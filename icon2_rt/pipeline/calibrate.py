@@ -29,7 +29,7 @@ from icon2_rt.pipeline.templates import ChatFrame
 if TYPE_CHECKING:
     from icon2_rt import DirectionSet, Runtime, Steering
 
-FLUENCY_LOSS = 0.25
+FLUENCY_LOSS = 0.1
 CUT_OFF_GAIN = 0.05
 BETTER_SHARE = 0.9
 
@@ -174,4 +174,5 @@ def _fluent(rung: Rung, base: Rung) -> bool:
 
 
 def _better(positive: Rung, negative: Rung) -> float:
-    return fmean(p > n for p, n in zip(positive.agreement, negative.agreement, strict=True))
+    """How often the positive response agrees more; a tie (with common random numbers often the same text) is half."""
+    return fmean((p > n) + 0.5 * (p == n) for p, n in zip(positive.agreement, negative.agreement, strict=True))
