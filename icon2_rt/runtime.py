@@ -544,7 +544,7 @@ class Runtime:
             model_name=self.name,
             method=method,
             health=health,
-            metadata={"n_pairs": str(len(positive))},
+            metadata={"n_pairs": str(len(positive)), "model_hint": self.spec.family},
         )
 
 
