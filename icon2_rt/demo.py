@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "instructions": {"draws": 192, "max_new_tokens": 48, "shard_size": 96},
     "filter": {"scale": "zscore", "keep": 0.5},
     "pairs": {"max_new_tokens": 96, "shard_size": 32},
-    "calibration": {"doses": [0.05, 0.1, 0.15, 0.2], "instructions": 24},
+    "calibration": {"doses": [0.05, 0.1, 0.15, 0.2], "instructions": 48},
 }
 
 

@@ -129,9 +129,9 @@ def test_stopped_by_hand(icon2: Icon2, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the same command continues" in err
 
 
-def test_the_single_steps_in_a_row(icon2: Icon2, model: Path, tmp_path: Path) -> None:
+def test_the_single_steps_in_a_row(icon2: Icon2, tmp_path: Path) -> None:
     """directions → instructions → pairs, each from the files of the one before."""
-    criteria, given = tmp_path / "criteria.toml", tmp_path / "features.txt"
+    model, criteria, given = "tiny", tmp_path / "criteria.toml", tmp_path / "features.txt"
     criteria.write_text(CRITERIA)
     given.write_text("Why?\nWhat is it?\nHow?\nWrite a song.\n")
     directions, instructions, out = tmp_path / "d.safetensors", tmp_path / "i.jsonl", tmp_path / "pairs"
@@ -140,9 +140,7 @@ def test_the_single_steps_in_a_row(icon2: Icon2, model: Path, tmp_path: Path) ->
     assert DirectionSet.load(directions).names == ["kind", "brief"]
     assert "kind" in text
 
-    code, text, err = icon2(
-        "instructions", model, "-n", 24, "--max-new-tokens", 150, "--out", instructions, "--seed", 3
-    )
+    code, text, err = icon2("instructions", model, "-n", 12, "--max-new-tokens", 48, "--out", instructions, "--seed", 3)
     assert code == 0, err
     items = [json.loads(line) for line in instructions.read_text().splitlines()]
     assert f"{len(items)} instructions" in text

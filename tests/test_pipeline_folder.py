@@ -137,7 +137,7 @@ def test_a_crash_at_any_write_loses_nothing_and_tears_nothing(tmp_path: Path, mo
         run = tmp_path / str(crash)
         with RunFolder(run) as folder:
             folder.write_manifest({"identity": {}})
-            old = folder.write("one", {"a": b"old", "b": b"same"})
+            folder.write("one", {"a": b"old", "b": b"same"})
             calls = 0
 
             def dies(name: str, *arguments: object, crash: int = crash) -> object:
