@@ -120,10 +120,22 @@ def teacher_forced(
     return Decoded(list(completion), rows, logprobs.tolist())
 
 
-def greedy(model: PreTrainedModel, prompt: Sequence[int], n: int, steering: Steering | None = None) -> Decoded:
-    """Greedy decoding by recomputing the whole sequence for each token."""
-    ids = list(prompt)
+def greedy(
+    model: PreTrainedModel, prompt: Sequence[int], n: int, steering: Steering | None = None, draft: Sequence[int] = ()
+) -> Decoded:
+    """Greedy decoding by recomputing the whole sequence, without a cache.
+
+    Args:
+        draft: a guess of the result, to save time: it is believed only as far as every one of its tokens is the argmax
+            after those before it, so the result is the same with any draft or none.
+    """
     start = first_steered(len(prompt), steering.scope) if steering is not None else 0
-    for _ in range(n):
-        ids.append(int(logits(model, ids, steering, start)[-1].argmax()))
-    return teacher_forced(model, prompt, ids[len(prompt) :], steering)
+    sure: list[int] = []
+    while len(sure) < n:
+        guess = [*sure, *draft[len(sure) : n]]
+        argmax = logits(model, [*prompt, *guess], steering, start)[len(prompt) - 1 :].argmax(dim=-1).tolist()
+        agreed = next((i for i, (a, b) in enumerate(zip(argmax, guess, strict=False)) if a != b), len(guess))
+        sure = argmax[: min(agreed + 1, n)]
+        if sure[: len(draft)] != list(draft[: len(sure)]):
+            draft = ()
+    return teacher_forced(model, prompt, sure, steering)

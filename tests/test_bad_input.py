@@ -26,9 +26,9 @@ def chat() -> Runtime:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(rt):
     """Whatever was refused: every page is free again and the runtime works."""
-    free = rt.kv.free_pages
+    free = rt.free_kv_pages
     yield
-    assert rt.kv.free_pages == free == rt.kv_pages
+    assert rt.free_kv_pages == free == rt.kv_pages
     assert len(rt.generate(PROMPTS[:1], do_sample=False, max_new_tokens=2)[0].token_ids) == 2
 
 

@@ -55,13 +55,13 @@ def test_layer_i_is_transformers_hidden_state_i_plus_1_but_for_the_last(rt, orac
     assert not torch.allclose(ours[3], theirs[4][0, -1], atol=0.1)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
-def test_batches_do_not_matter_and_leave_nothing_behind(rt, batch_tokens):
-    free = rt.kv.free_pages
+@pytest.mark.parametrize("prefill_chunk", [1, 20, 4096])
+def test_batches_do_not_matter_and_leave_nothing_behind(rt, prefill_chunk):
     whole = rt.hidden_states(PROMPTS)
-    torch.testing.assert_close(rt.hidden_states(PROMPTS, batch_tokens=batch_tokens), whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rt.hidden_states(PROMPTS[::-1]).flip(0), whole, atol=1e-4, rtol=1e-4)
-    assert rt.kv.free_pages == free
+    other = Runtime(tiny_llama(), page_size=PAGE, prefill_chunk=prefill_chunk, device="cpu")
+    torch.testing.assert_close(other.hidden_states(PROMPTS), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(other.hidden_states(PROMPTS[::-1]).flip(0), whole, atol=1e-4, rtol=1e-4)
+    assert other.free_kv_pages == other.kv_pages
 
 
 def test_more_prompts_than_memory_are_read_in_turns(oracle):

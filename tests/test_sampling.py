@@ -325,20 +325,39 @@ TEXTS = ["the thing is", "in", "on another line", "<|user|>what"]
 
 def test_stop_strings_also_across_tokens(chat):
     """Any piece of what a row writes ends it at the token that completes the piece; the others go on."""
-    options = {"max_new_tokens": 40, "seed": 1, **NEUTRAL}
+    options = {"max_new_tokens": 40, "seed": 1, "eos_token_id": 127, **NEUTRAL}  # 127: a token without text
     free = chat.generate(TEXTS, **options)
     decode = chat.tokenizer.decode
-    pieces = {chat.tokenizer.decode(free[0].token_ids[i : i + n]) for i, n in [(6, 1), (10, 2), (20, 3), (30, 5)]}
+    pieces = {
+        decode(free[0].token_ids[i : i + n], skip_special_tokens=True) for i, n in [(6, 1), (10, 2), (20, 3), (25, 9)]
+    }
     pieces |= {decode(free[2].token_ids[12:14])[1:], decode(free[3].token_ids[3:6])[:-1]}
+    stopped = 0
     for piece in sorted(p for p in pieces if p.strip()):
-        ended = 0
         for before, after in zip(free, chat.generate(TEXTS, stop_strings=[piece, "\x00never"], **options), strict=True):
-            stops = [n for n in range(1, 41) if piece in decode(before.token_ids[:n], skip_special_tokens=True)]
-            assert after.token_ids == before.token_ids[: stops[0] if stops else 40]
-            assert after.finish_reason == ("stop_string" if stops else "length")
+            whole = before.token_ids
+            stops = [n for n in range(1, len(whole) + 1) if piece in decode(whole[:n], skip_special_tokens=True)]
+            if stops:
+                assert after.token_ids == whole[: stops[0]]
+                assert after.finish_reason == "stop_string"
+            else:
+                assert after == before
             assert after.text == decode(after.token_ids, skip_special_tokens=True)
-            ended += bool(stops)
-        assert ended >= 1
+            stopped += bool(stops)
+    assert stopped >= 5
+
+
+def test_a_stop_string_is_found_across_tokens_without_text(chat):
+    """Special and unknown tokens add nothing to the text, however many stand between the string's halves."""
+    from icon2_rt.engine import batch
+
+    model_choice = [*chat.tokenizer.encode("on", add_special_tokens=False), *[3, 120] * 20]
+    script = iter([*model_choice, *chat.tokenizer.encode("er", add_special_tokens=False), 9, 9])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch.Batch, "step", lambda self: ([next(script)], [0.0]))
+        completion = chat.generate(["x"], do_sample=False, max_new_tokens=60, stop_strings=["oner"])[0]
+    assert completion.finish_reason == "stop_string"
+    assert completion.text.endswith("oner")
 
 
 def test_a_stop_string_may_be_given_alone(chat):

@@ -65,7 +65,7 @@ def test_every_branch_is_the_oracles(rt, oracle, scope):
     steerings = [s and s.with_scope(scope) for s in steerings]
     for output in rt.generate_branches(PROMPTS, steerings, do_sample=False, max_new_tokens=14):
         for steering, branch in zip(steerings, output.branches, strict=True):
-            assert branch.token_ids == hooks.greedy(oracle, output.prompt, 14, steering).token_ids
+            assert branch.token_ids == hooks.greedy(oracle, output.prompt, 14, steering, branch.token_ids).token_ids
 
 
 def test_branches_of_mixed_scopes_are_the_oracles(rt, oracle):
@@ -80,7 +80,7 @@ def test_branches_of_mixed_scopes_are_the_oracles(rt, oracle):
     ]
     for output in rt.generate_branches(PROMPTS, steerings, do_sample=False, max_new_tokens=14):
         for steering, branch in zip(steerings, output.branches, strict=True):
-            assert branch.token_ids == hooks.greedy(oracle, output.prompt, 14, steering).token_ids
+            assert branch.token_ids == hooks.greedy(oracle, output.prompt, 14, steering, branch.token_ids).token_ids
 
 
 def test_steerings_of_scope_all_that_part_at_every_possible_block(rt, oracle):
@@ -91,10 +91,10 @@ def test_steerings_of_scope_all_that_part_at_every_possible_block(rt, oracle):
         steerings = [s.with_scope("all") for s in (one, two, one)]
         for output in rt.generate_branches(PROMPTS[3:], steerings, do_sample=False, max_new_tokens=8):
             for steering, branch in zip(steerings, output.branches, strict=True):
-                assert branch.token_ids == hooks.greedy(oracle, output.prompt, 8, steering).token_ids
+                assert branch.token_ids == hooks.greedy(oracle, output.prompt, 8, steering, branch.token_ids).token_ids
     same = [common.with_scope("all")] * 3
     for output in rt.generate_branches(PROMPTS[3:], same, do_sample=False, max_new_tokens=8):
-        expected = hooks.greedy(oracle, output.prompt, 8, same[0]).token_ids
+        expected = hooks.greedy(oracle, output.prompt, 8, same[0], output.branches[0].token_ids).token_ids
         assert [b.token_ids for b in output.branches] == [expected] * 3
 
 
@@ -205,11 +205,11 @@ def test_a_stream_comes_in_the_order_of_completion():
 
 
 def test_a_stream_is_lazy_and_can_be_left(rt):
-    free = rt.kv.free_pages
+    free = rt.free_kv_pages
     stream = rt.stream_pairs(PROMPTS, positive=5.0 * A, negative=None, seed=0, **SAMPLED)
     next(stream)
     stream.close()
-    assert rt.kv.free_pages == free
+    assert rt.free_kv_pages == free
     assert len(rt.generate(PROMPTS, seed=0, **SAMPLED)) == len(PROMPTS)
 
 
@@ -260,10 +260,9 @@ def test_continuing_a_prefix_is_the_whole_prompt(rt, head):
                 assert_same(got, expected)
 
 
-def test_a_prefix_serves_branches_scores_states_and_projections(rt):
+def test_a_prefix_serves_branches_states_and_projections(rt):
     head = HEADS[3]
     full = [[*head, *p] for p in PROMPTS]
-    completions = random_prompts([3] * len(PROMPTS), seed=3)
     with rt.prefix(head) as prefix:
         for got, expected in zip(
             rt.generate_branches(PROMPTS, ladder(3), prefix=prefix, seed=2, **SAMPLED),
@@ -272,38 +271,37 @@ def test_a_prefix_serves_branches_scores_states_and_projections(rt):
         ):
             for one, two in zip(got.branches, expected.branches, strict=True):
                 assert_same(one, two)
-        for got, expected in zip(
-            rt.score(PROMPTS, completions, 5.0 * A, prefix=prefix), rt.score(full, completions, 5.0 * A), strict=True
-        ):
-            torch.testing.assert_close(torch.tensor(got.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
         torch.testing.assert_close(
             rt.project(PROMPTS, [A, B], prefix=prefix), rt.project(full, [A, B]), atol=1e-3, rtol=1e-4
         )
+        torch.testing.assert_close(
+            rt.hidden_states(PROMPTS, prefix=prefix), rt.hidden_states(full), atol=1e-4, rtol=1e-4
+        )
 
 
-def test_scope_all_with_a_prefix_is_right_or_refused(rt, oracle):
-    """The prefix was prefilled unsteered: sharing it with a steering of the whole prompt would be silently wrong."""
-    head, steering = HEADS[3], (5.0 * A).with_scope("all")
+def test_scope_all_with_a_prefix_steers_the_prefix_too(rt, oracle):
+    """The pinned KV is unsteered: it may serve the other rows of the call, and not these."""
+    head = HEADS[3]
+    steerings = [s and s.with_scope("all") for s in (5.0 * A, None, -4.0 * B[1:], None, A.ablated(), 3.0 * A[-1])]
     with rt.prefix(head) as prefix:
-        try:
-            got = rt.generate(PROMPTS, steering, prefix=prefix, do_sample=False, max_new_tokens=8)
-        except ValueError as error:
-            assert "all" in str(error)
-            return
-    for prompt, completion in zip(PROMPTS, got, strict=True):
-        assert completion.token_ids == hooks.greedy(oracle, [*head, *prompt], 8, steering).token_ids
+        got = rt.generate(PROMPTS, steerings, prefix=prefix, do_sample=False, max_new_tokens=8)
+        mixed = rt.generate_branches(PROMPTS, [steerings, None], prefix=prefix, do_sample=False, max_new_tokens=8)
+    for prompt, steering, completion, output in zip(PROMPTS, steerings, got, mixed, strict=True):
+        expected = hooks.greedy(oracle, [*head, *prompt], 8, steering, completion.token_ids).token_ids
+        assert completion.token_ids == output.branches[0].token_ids == expected
+        assert output.branches[1].token_ids == hooks.greedy(oracle, [*head, *prompt], 8).token_ids
 
 
 def test_a_prefix_is_pinned_until_it_is_left(rt):
-    free = rt.kv.free_pages
+    free = rt.free_kv_pages
     with rt.prefix(HEADS[5]) as outer, rt.prefix(HEADS[2]) as inner:
-        held = free - rt.kv.free_pages
+        held = free - rt.free_kv_pages
         assert held > 0
         rt.generate(PROMPTS, prefix=outer, seed=0, **SAMPLED)
         rt.generate(PROMPTS, prefix=inner, seed=0, **SAMPLED)
-        assert free - rt.kv.free_pages == held
-    assert rt.kv.free_pages == free
-    with pytest.raises(ValueError, match="prefix"):
+        assert free - rt.free_kv_pages == held
+    assert rt.free_kv_pages == free
+    with pytest.raises(RuntimeError, match="prefix"):
         rt.generate(PROMPTS, prefix=outer, seed=0, **SAMPLED)
 
 
@@ -313,12 +311,42 @@ def test_a_prefix_of_another_runtime_is_refused(rt):
         rt.generate(PROMPTS, prefix=prefix, **SAMPLED)
 
 
-def test_a_prefix_of_chat_messages_is_continued_by_text():
+def test_chats_continue_a_prefix_of_messages():
     rt = Runtime(tiny_llama(), tiny_tokenizer(), page_size=PAGE, device="cpu")
     system = [{"role": "system", "content": "the thing is on"}]
-    ids = rt.tokenizer.apply_chat_template(system, return_dict=False)
-    rest = rt.tokenizer("<|user|>what<|end|><|assistant|>", add_special_tokens=False).input_ids
-    expected = rt.generate([[*ids, *rest]], do_sample=False, max_new_tokens=8)[0]
+    chats = [[{"role": "user", "content": text}] for text in ("what", "who is in the house?")]
+    options = {"do_sample": False, "max_new_tokens": 8}
+    expected = rt.generate([[*system, *chat] for chat in chats], **options)
     with rt.prefix(system) as prefix:
-        got = rt.generate([rest], prefix=prefix, do_sample=False, max_new_tokens=8)[0]
-    assert_same(got, expected)
+        for got, wanted in zip(rt.generate(chats, prefix=prefix, **options), expected, strict=True):
+            assert_same(got, wanted)
+        for alien in ("text", [5, 6]):
+            with pytest.raises(ValueError, match=r"prompts\[1\]"):
+                rt.generate([chats[0], alien], prefix=prefix, **options)
+
+
+def test_text_and_ids_continue_a_prefix_of_text_or_ids():
+    rt = Runtime(tiny_llama(), tiny_tokenizer(), page_size=PAGE, device="cpu")
+    options = {"do_sample": False, "max_new_tokens": 8}
+    ids = rt.encode("<|bos|><|user|>the thing")
+    rest = rt.tokenizer.encode("<|end|><|assistant|>in", add_special_tokens=False)
+    [expected] = rt.generate([[*ids, *rest]], **options)
+    for start in ("<|bos|><|user|>the thing", ids):
+        with rt.prefix(start) as prefix:
+            for got in rt.generate(["<|end|><|assistant|>in", rest], prefix=prefix, **options):
+                assert_same(got, expected)
+            with pytest.raises(ValueError, match=r"prompts\[0\]"):
+                rt.generate([[{"role": "user", "content": "x"}]], prefix=prefix, **options)
+            with pytest.raises(ValueError, match=r"prompts\[1\]"):
+                rt.generate([rest, []], prefix=prefix, **options)
+
+
+def test_a_prefix_that_is_not_one_is_refused(rt):
+    for bad in ([1, 2, 3], "the", rt):
+        with pytest.raises(TypeError, match="prefix"):
+            rt.generate(PROMPTS, prefix=bad, **SAMPLED)
+    with pytest.raises(RuntimeError, match="with"):
+        rt.generate(PROMPTS, prefix=rt.prefix(HEADS[2]), **SAMPLED)
+    for bad in ([], [128], None):
+        with pytest.raises((ValueError, TypeError)):
+            rt.prefix(bad)

