@@ -40,7 +40,7 @@ def demo(
 
     from icon2_rt import demo as the_demo
     from icon2_rt import display
-    from icon2_rt.pipeline.run import run
+    from icon2_rt.pipeline import run
 
     screen = display.console()
     screen.print(Text("\nIcon² on the tiny chat model that ships with the package", style="bold"))
@@ -70,8 +70,8 @@ def run(
 ) -> None:
     """The whole method as a config says. Interrupted, the same command continues it."""
     from icon2_rt import display
+    from icon2_rt.pipeline import run as run_pipeline
     from icon2_rt.pipeline.config import RunConfig
-    from icon2_rt.pipeline.run import run as run_pipeline
 
     settings = RunConfig.load(config)
     screen = display.console()
@@ -98,7 +98,7 @@ def directions(
 ) -> None:
     """Step 1 alone: one direction per criterion, from opposite system prompts."""
     from icon2_rt import display
-    from icon2_rt.pipeline import steps
+    from icon2_rt.pipeline import single
     from icon2_rt.pipeline.config import RunConfig, read_criteria
     from icon2_rt.pipeline.health import direction_health
 
@@ -115,7 +115,7 @@ def directions(
     )
     _writable(out, (".safetensors",))
     with display.Steps() as watch:
-        found = steps.directions(settings, watch)
+        found = single.directions(settings, watch)
     found.save(out)
     screen = display.console()
     screen.print(display.directions_table(direction_health(found), range(found[found.names[0]].n_layers)))
@@ -137,7 +137,7 @@ def instructions(
 ) -> None:
     """Step 2 without the filter: instructions that the model writes for itself."""
     from icon2_rt import display
-    from icon2_rt.pipeline import steps
+    from icon2_rt.pipeline import single
     from icon2_rt.pipeline.config import RunConfig
     from icon2_rt.pipeline.files import write_atomic
 
@@ -157,7 +157,7 @@ def instructions(
     )
     _writable(out, (".jsonl",))
     with display.Steps() as watch:
-        data, counts = steps.instructions(settings, watch)
+        data, counts = single.instructions(settings, watch)
     write_atomic(out, data)
     screen = display.console()
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n and reason not in ("drawn", "clean"))
@@ -186,8 +186,8 @@ def pairs(
 ) -> None:
     """Step 3 alone: a steered pair for every instruction, as a dataset. Interrupted, the same command continues."""
     from icon2_rt import display
+    from icon2_rt.pipeline import run as run_pipeline
     from icon2_rt.pipeline.config import RunConfig
-    from icon2_rt.pipeline.run import run as run_pipeline
 
     settings = RunConfig.from_dict(
         {

@@ -213,18 +213,25 @@ def test_doses_and_norms() -> None:
     states[:, 0, 0], states[0, 1, 1], states[1, 1, 1] = 2.0, 3.0, 5.0
     norms = health.residual_norms(states)
     assert norms == [2.0, 4.0, 0.0]
-    doses = health.doses(Strengths(0.1, -0.2, (1, 2)), norms)
+    directions = DirectionSet([Direction("d", torch.eye(4)[:3])])
+    doses = health.doses(Strengths(0.1, -0.2, (1, 2)), norms, directions)
     assert doses["positive"] == [None, pytest.approx(0.025), None]
     assert doses["negative"] == [None, pytest.approx(0.05), None]
+    long = DirectionSet([Direction("d", 3 * torch.eye(4)[:3])])  # imported: a strength of 1 means its own length
+    assert health.doses(Strengths(0.1, -0.2, (1, 2)), norms, long)["positive"] == [None, pytest.approx(0.075), None]
 
 
 def test_weak_and_strong_contrast() -> None:
     def direction(name: str, contrast: float) -> Direction:
         return Direction(name, torch.eye(4)[:3], health={"contrast": [9.0, contrast, contrast]})
 
-    found = health.direction_warnings(DirectionSet([direction("weak", 0.04), direction("strong", 0.3)]), (1, 2))
+    found = health.direction_warnings(DirectionSet([direction("weak", 0.04), direction("strong", 0.3)]), (1, 2), "m")
     assert len(found) == 1
     assert found[0].startswith("weak")
+    foreign = DirectionSet([Direction("a", torch.eye(4)[:3], model="other", model_name="llama")])
+    [warning] = health.direction_warnings(foreign, (1, 2), "m")
+    assert "made on another model (llama)" in warning
+    assert health.direction_warnings(foreign, (1, 2), "other") == []
     cosines = health.similarities(DirectionSet([direction("a", 1), direction("b", 1)]))
     assert cosines == [[1.0, 1.0], [1.0, 1.0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ import torch
 from icon2_rt import Direction, DirectionSet, Runtime
 from icon2_rt.pipeline import dataset
 from icon2_rt.pipeline.config import RunConfig
-from icon2_rt.pipeline.run import RunResult, load_runtime, run
+from icon2_rt.pipeline.loading import load_runtime
+from icon2_rt.pipeline.runner import RunResult, run
 from icon2_rt.pipeline.templates import chat_frame
 from tests.models import tiny_llama, tiny_tokenizer
 
@@ -310,6 +312,43 @@ def test_what_cannot_work_with_this_model_is_said_before_any_work(model: Path, r
         assert not (out / "steps").exists()
 
 
+def test_given_instructions_that_do_not_fit_are_dropped_and_counted(
+    finished: RunResult, model: Path, rt: Runtime, tmp_path: Path
+) -> None:
+    path = tmp_path / "given.txt"
+    path.write_text("Why?\n" + "x" * 500 + "\n" + "x" * 2000 + "\n")
+    config = _config(
+        model,
+        criteria=None,
+        directions={"file": str(finished.path / "directions.safetensors"), "features": 1024},
+        instructions={"file": str(path), "draws": 10_000, "max_new_tokens": 256},
+    )
+    counts = run(config, tmp_path / "run", rt=rt).summary["counts"]["instructions"]
+    assert (counts["drawn"], counts["too long"], counts["clean"]) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("writes", [0, 3, 8, 15])
+def test_a_disk_that_fills_up_costs_nothing_but_the_rest(
+    finished: RunResult, config: RunConfig, rt: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """The disk is full after so many writes; with room again the same call ends with the same bytes."""
+    real, left = os.fsync, [writes]
+
+    def full(fd: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(config, tmp_path / "run", rt=rt)
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    run(config, tmp_path / "run", rt=rt)
+    assert _bytes(tmp_path / "run") == _bytes(finished.path)
+
+
 def test_no_usable_instruction_is_an_error_with_the_counts(model: Path, rt: Runtime, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"usable feature instructions came of 24 \(.* truncated"):
         run(_config(model, instructions={"max_new_tokens": 1}), tmp_path / "run", rt=rt)
@@ -379,7 +418,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from icon2_rt.pipeline.config import RunConfig
-from icon2_rt.pipeline.run import run
+from icon2_rt.pipeline import run
 
 config, out, seed = RunConfig.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rng = random.Random(seed)

@@ -59,7 +59,7 @@ class RunFolder:
         self._lock = open(self._file(".lock"), "a+")  # noqa: SIM115  # held for as long as the folder is open
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()

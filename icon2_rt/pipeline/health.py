@@ -29,12 +29,13 @@ def residual_norms(states: Tensor) -> list[float]:
     return states.double().norm(dim=2).mean(dim=0).tolist()
 
 
-def doses(strengths: Strengths, norms: Sequence[float]) -> dict[str, list[float | None]]:
-    """‖γu‖ / ‖h‖ per block for both signs; None where a block is not steered."""
-    controlled = set(strengths.layers)
+def doses(strengths: Strengths, norms: Sequence[float], directions: DirectionSet) -> dict[str, list[float | None]]:
+    """‖γu‖ / ‖h‖ per block for both signs, the mean over the directions; None where a block is not steered."""
+    scales = torch.stack([d.scale.abs() for d in directions]).mean(dim=0).tolist()  # 1 where they were extracted
 
     def per_block(gamma: float) -> list[float | None]:
-        return [abs(gamma) / norm if i in controlled and norm > 0 else None for i, norm in enumerate(norms)]
+        steered = [i in strengths.layers and norm > 0 and scales[i] > 0 for i, norm in enumerate(norms)]
+        return [abs(gamma) * scales[i] / norms[i] if steered[i] else None for i in range(len(norms))]
 
     return {"positive": per_block(strengths.positive), "negative": per_block(strengths.negative)}
 
@@ -50,9 +51,12 @@ def similarities(directions: DirectionSet) -> list[list[float]]:
     return torch.einsum("alh,blh->ab", stacked, stacked).div(stacked.shape[1]).tolist()
 
 
-def direction_warnings(directions: DirectionSet, layers: Sequence[int]) -> list[str]:
+def direction_warnings(directions: DirectionSet, layers: Sequence[int], fingerprint: str) -> list[str]:
+    """What a person should know before trusting the directions; ``fingerprint`` is that of the model in use."""
     found = []
     for d in directions:
+        if d.model is not None and d.model != fingerprint:
+            found.append(f"{d.name}: made on another model ({d.model_name or d.model}), not on the one in use")
         contrast = d.health.get("contrast")
         if contrast and (mean := fmean(contrast[i] for i in layers)) < WEAK_CONTRAST:
             found.append(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from icon2_rt.pipeline.config import InstructionsConfig
 from icon2_rt.pipeline.files import from_jsonl
 from icon2_rt.pipeline.sampling import neutral, stage_seed
-from icon2_rt.pipeline.templates import ChatFrame
+from icon2_rt.pipeline.templates import ChatFrame, chat_length
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -54,7 +54,7 @@ def synthesise(
     kept = []
     for i, completion in zip(ids, completions, strict=True):
         text, reason = clean(completion, frame, rt.tokenizer, config)
-        if reason is None and len(rt.encode(frame.messages(text))) > room:
+        if reason is None and chat_length(rt.tokenizer, frame.messages(text)) > room:
             reason = "too long"
         if reason is None:
             kept.append(Instruction(i, text))

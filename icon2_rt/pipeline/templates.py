@@ -107,6 +107,11 @@ def chat_frame(tokenizer: Any, eos_token_ids: Sequence[int] = ()) -> ChatFrame:
     )
 
 
+def chat_length(tokenizer: Any, chat: Chat) -> int:
+    """How many tokens a chat has with its generation prompt."""
+    return len(_encode(tokenizer, _render(tokenizer, chat, generation=True)))
+
+
 def _end_of_turn(tokenizer: Any, after: str) -> tuple[int | None, str | None]:
     """The special token that ends a user turn, or else the text that does."""
     ids = _encode(tokenizer, after.lstrip()) if after.strip() else []

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.directions import extract
-from icon2_rt.pipeline.files import to_jsonl
 from icon2_rt.pipeline.instructions import read_instructions, synthesise, without_duplicates
-from icon2_rt.pipeline.run import Watch, end_tokens, load_runtime, silent, system_tokens
+from icon2_rt.pipeline.loading import end_tokens, load_runtime, system_tokens
+from icon2_rt.pipeline.stages import Watch, silent, to_lines
 from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.steering import DirectionSet
 
@@ -51,4 +51,4 @@ def instructions(config: RunConfig, watch: Watch = silent) -> tuple[bytes, Mappi
     kept, counts["duplicate"] = without_duplicates(found)
     counts["clean"] = len(kept)
     watch("instructions", section.draws, section.draws)
-    return to_jsonl({"id": item.id, "instruction": item.text} for item in kept), counts
+    return to_lines(kept), counts

@@ -1,0 +1,102 @@
+"""A whole run in a folder: directions, instructions, consistency, strengths, pairs, summary.
+
+Every piece of work is an artifact of the :class:`~icon2_rt.pipeline.folder.RunFolder`. A run that is started again with
+the same command takes the finished ones from there and makes the rest, so that it ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from icon2_rt.pipeline import dataset, manifest, stages
+from icon2_rt.pipeline.config import RunConfig, controlled_layers
+from icon2_rt.pipeline.files import to_json
+from icon2_rt.pipeline.folder import RunFolder
+from icon2_rt.pipeline.loading import end_tokens, instruction_room, load_runtime
+from icon2_rt.pipeline.stages import Job, Watch, silent
+from icon2_rt.pipeline.summary import card, summarise
+from icon2_rt.pipeline.templates import chat_frame
+
+if TYPE_CHECKING:
+    from icon2_rt import Runtime
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a finished run lies and what it says about itself (``summary.json`` and ``manifest.json``)."""
+
+    path: Path
+    summary: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The pairs, in order, shard by shard."""
+        for path in sorted((self.path / "data").glob("*.parquet")):
+            yield from dataset.from_parquet(path.read_bytes())
+
+
+def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtime | None = None) -> RunResult:
+    """Do everything that ``config`` asks for, or what is left of it, in the folder ``out``.
+
+    Args:
+        config: as checked by :meth:`RunConfig.load` or :meth:`RunConfig.from_dict`.
+        out: a new or empty folder, or one that an earlier call with the same config has begun.
+        watch: called with a step's name, how much of it is done, and of how much.
+        rt: a runtime that is loaded already; by default the config's model is loaded.
+
+    Raises:
+        ValueError: settings that cannot work with this model; a folder that belongs to another run, or was made with
+            other settings, versions or on another machine: what differs is listed.
+        OSError: the folder cannot be written. What was finished stays, and the same call continues.
+    """
+    config = RunConfig.from_dict(config.to_dict())  # one made in Python is checked like one from a file
+    seconds: dict[str, float] = {}
+    with RunFolder(out) as folder:
+
+        def timed(step: str, work: Callable[[], T]) -> T:
+            began = perf_counter()
+            value = work()
+            seconds[step] = perf_counter() - began
+            folder.log(step, seconds=round(seconds[step], 3))
+            return value
+
+        before = folder.manifest()
+        identity = manifest.asked_for(config)
+        manifest.refuse_another(before, identity, folder.path)
+        folder.log("resumed" if before else "started")
+        if rt is None:
+            watch("model", 0, 1)
+            rt = timed("model", lambda: load_runtime(config, before["identity"].get("machine") if before else None))
+            watch("model", 1, 1)
+        eos = end_tokens(rt)
+        frame = chat_frame(rt.tokenizer, eos)
+        layers = tuple(controlled_layers(config.pairs.layers, rt.spec.n_layers))
+        job = Job(config, folder, rt, frame, eos, layers, instruction_room(rt, frame, config), watch)
+        identity |= manifest.found(rt, frame)
+        manifest.refuse_another(before, identity, folder.path)
+        about = before or manifest.compose(config, identity, frame, layers, eos)
+        folder.write_manifest(about)
+
+        features, feature_list = timed("feature instructions", lambda: stages.feature_instructions(job))
+        directions, direction_set = timed("directions", lambda: stages.directions(job, features, feature_list))
+        raw, scored = timed("instructions", lambda: stages.instructions(job, directions, direction_set))
+        kept, kept_list = timed("consistency", lambda: stages.keep(job, raw, scored, feature_list, direction_set))
+        sample = feature_list or scored.instructions
+        strong, strengths = timed("strengths", lambda: stages.strengths(job, directions, sample, direction_set))
+        inputs = [directions, kept, strong]
+        shards = timed("pairs", lambda: stages.pairs(job, inputs, kept_list, direction_set, strengths))
+
+        summary = summarise(job, direction_set, features, kept, strong, shards)
+        folder.write_result("summary.json", to_json(summary))
+        folder.write_result("README.md", card(config, summary).encode())
+        about = {**about, "counts": summary["counts"], "finished": True}
+        folder.write_manifest(about)
+        folder.log("finished")
+        return RunResult(folder.path, summary, about, seconds)

@@ -1,0 +1,369 @@
+"""The method's steps as artifacts of a run folder: each is taken from there if it is finished, else made and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from icon2_rt.pipeline import calibrate, consistency, dataset, health
+from icon2_rt.pipeline.config import PAPER_STRENGTHS, RunConfig
+from icon2_rt.pipeline.directions import extract
+from icon2_rt.pipeline.files import from_jsonl, to_json, to_jsonl
+from icon2_rt.pipeline.folder import Artifact, RunFolder
+from icon2_rt.pipeline.instructions import REASONS, Instruction, read_instructions, synthesise, without_duplicates
+from icon2_rt.pipeline.loading import system_tokens
+from icon2_rt.pipeline.pairs import Kept, Strengths, decode
+from icon2_rt.pipeline.templates import ChatFrame, chat_length
+from icon2_rt.steering import DirectionSet
+
+if TYPE_CHECKING:
+    from icon2_rt import Runtime
+
+# How many instructions the mean residual norm is taken over; it varies by a few per cent between instructions.
+NORM_SAMPLE = 64
+
+Watch = Callable[[str, int, int], None]  # step, done, total
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step needs. ``layers``: the controlled blocks; ``room``: the most tokens of an instruction's chat."""
+
+    config: RunConfig
+    folder: RunFolder
+    rt: Runtime
+    frame: ChatFrame
+    eos: tuple[int, ...]
+    layers: tuple[int, ...]
+    room: int
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Scored:
+    """D_raw: clean instructions, their projections ``[n, m, n_layers]``, and the criteria that some came with."""
+
+    instructions: list[Instruction]
+    projections: Tensor
+    given: list[str | None]
+
+
+def feature_instructions(job: Job) -> tuple[Artifact | None, list[Instruction]]:
+    """D_feat: what the directions are extracted from, and the calibration's held-out instructions."""
+    config, name, path = job.config.directions, "features", "features.jsonl"
+    if config.file is not None:
+        return None, []
+    artifact = job.folder.finished(name)
+    if artifact is None:
+        job.watch("feature instructions", 0, config.features)
+        # They are read under the system prompts, and a calibration scores whole responses under them.
+        room = job.room - system_tokens(job.rt, job.frame, job.config.resolved_criteria())
+        if config.features_file is not None:
+            given = [instruction for instruction, _ in read_instructions(config.features_file)]
+            drawn, counts = _those_that_fit(job, given, room)
+        else:
+            drawn, counts = synthesise(
+                job.rt, job.frame, range(config.features), job.config.instructions, job.config.seed, room
+            )
+        features, counts["duplicate"] = without_duplicates(drawn)
+        if len(features) < 2:
+            raise ValueError(
+                f"only {len(features)} usable feature instructions came of {counts['drawn']} ({_dropped(counts)}); "
+                f"directions need at least 2: raise directions.features, or give directions.features_file"
+            )
+        artifact = job.folder.write(name, {path: to_lines(features)}, facts={"counts": _counts(counts, len(features))})
+    job.watch("feature instructions", config.features, config.features)
+    return artifact, _from_lines(job.folder.read(path), path)
+
+
+def directions(
+    job: Job, features: Artifact | None, feature_list: Sequence[Instruction]
+) -> tuple[Artifact, DirectionSet]:
+    """Step 1, or the directions of ``directions.file``; a copy lies in the run folder either way."""
+    name, path = "directions", "directions.safetensors"
+    inputs = [features] if features else []
+    artifact = job.folder.finished(name, inputs)
+    if artifact is None:
+        if job.config.directions.file is not None:
+            made = DirectionSet.load(job.config.directions.file)
+            _check_directions(job, made)
+        else:
+            criteria = job.config.resolved_criteria()
+            job.watch("directions", 0, len(criteria))
+            made = extract(
+                job.rt,
+                job.frame,
+                criteria,
+                feature_list,
+                job.config.directions.method,
+                lambda done: job.watch("directions", done, len(criteria)),
+            )
+        artifact = job.folder.write(name, {path: _direction_bytes(made)}, inputs=inputs)
+    job.watch("directions", 1, 1)
+    return artifact, DirectionSet.load(job.folder.path / path)
+
+
+def _check_directions(job: Job, made: DirectionSet) -> None:
+    spec = job.rt.spec
+    for d in made:
+        if (d.n_layers, d.hidden_size) != (spec.n_layers, spec.hidden_size):
+            raise ValueError(
+                f"directions.file: {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, the model has "
+                f"{spec.n_layers} of size {spec.hidden_size}: it was made on another model"
+            )
+        if not set(job.layers) & set(d.layers):
+            raise ValueError(f"pairs.layers: direction {d.name!r} has no vector on blocks {list(job.layers)}")
+
+
+def instructions(job: Job, directions: Artifact, direction_set: DirectionSet) -> tuple[list[Artifact], Scored]:
+    """Step 2a, or the instructions of ``instructions.file``: D_raw by shards, each with its projections."""
+    config = job.config.instructions
+    given: dict[int, Mapping[str, Any]] = {}
+    work: Sequence[Any]  # instructions, or the ids of draws
+    if config.file is not None:
+        read = read_instructions(config.file)
+        given = {instruction.id: record for instruction, record in read}
+        _check_given_criteria(given, direction_set)
+        work = [instruction for instruction, _ in read]
+    else:
+        first = job.config.directions.features  # the draws before it are the feature instructions
+        work = range(first, first + config.draws)
+    artifacts: list[Artifact] = []
+    found: list[Instruction] = []
+    projections: list[Tensor] = []
+    for start in range(0, len(work), config.shard_size):
+        job.watch("instructions", start, len(work))
+        number = len(artifacts)
+        name, stem = f"instructions-{number:05d}", f"instructions/shard-{number:05d}"
+        artifact = job.folder.finished(name, [directions])
+        if artifact is None:
+            shard: Sequence[Any] = work[start : start + config.shard_size]
+            if config.file is not None:
+                drawn, counts = _those_that_fit(job, shard, job.room)
+            else:
+                drawn, counts = synthesise(job.rt, job.frame, shard, config, job.config.seed, job.room)
+            projected = torch.empty(0, len(direction_set), job.rt.spec.n_layers)
+            if drawn:
+                projected = consistency.projections(job.rt, job.frame, drawn, direction_set)
+            files = {f"{stem}.jsonl": to_lines(drawn), f"{stem}.safetensors": _tensor_bytes(projected)}
+            facts = {"counts": _counts(counts, len(drawn))}
+            artifact = job.folder.write(name, files, inputs=[directions], facts=facts)
+        artifacts.append(artifact)
+        found += _from_lines(job.folder.read(f"{stem}.jsonl"), stem)
+        projections.append(_tensor(job.folder.read(f"{stem}.safetensors")))
+    job.watch("instructions", len(work), len(work))
+    criteria = [given.get(instruction.id, {}).get("criterion") for instruction in found]
+    return artifacts, Scored(found, torch.cat(projections), criteria)
+
+
+def _those_that_fit(job: Job, given: Sequence[Instruction], room: int) -> tuple[list[Instruction], Counter[str]]:
+    """Given instructions pass the one rule that the model itself sets."""
+    fitting = [item for item in given if chat_length(job.rt.tokenizer, job.frame.messages(item.text)) <= room]
+    return fitting, Counter({"drawn": len(given), "too long": len(given) - len(fitting)})
+
+
+def _length(job: Job, text: str) -> int:
+    rendered = job.rt.tokenizer.apply_chat_template(
+        job.frame.messages(text), tokenize=False, add_generation_prompt=True
+    )
+    return len(job.rt.tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def _check_given_criteria(given: Mapping[int, Mapping[str, Any]], direction_set: DirectionSet) -> None:
+    for number, record in given.items():
+        criterion = record.get("criterion")
+        if criterion is not None and criterion not in direction_set.names:
+            raise ValueError(
+                f"instructions.file: instruction {number} wants the criterion {criterion!r}; "
+                f"there are {direction_set.names}"
+            )
+
+
+def keep(
+    job: Job, raw: Sequence[Artifact], scored: Scored, features: Sequence[Instruction], direction_set: DirectionSet
+) -> tuple[Artifact, list[Kept]]:
+    """Step 2b: drop duplicates over all shards and keep the share that agrees best with a direction."""
+    name, path = "consistency", "kept.jsonl"
+    artifact = job.folder.finished(name, raw)
+    if artifact is None:
+        # What the model wrote for the directions and the calibration is not used twice; a user's own files are theirs.
+        seen = features if job.config.instructions.file is None else ()
+        row_of = {instruction.id: row for row, instruction in enumerate(scored.instructions)}
+        unique, duplicates = without_duplicates(scored.instructions, seen)
+        counts = sum((Counter(a.facts["counts"]) for a in raw), Counter())
+        counts["duplicate"] = duplicates
+        if not unique:
+            raise ValueError(
+                f"no usable instruction came of {counts['drawn']} ({_dropped(counts)}): raise instructions.draws or "
+                f"instructions.max_new_tokens, or give instructions.file"
+            )
+        rows = [row_of[instruction.id] for instruction in unique]
+        verdict = consistency.judge(scored.projections[rows], direction_set.names, job.config.filter.scale)
+        verdict = consistency.with_given(verdict, [scored.given[row] for row in rows])
+        chosen = consistency.select(verdict, job.config.filter)
+        if not chosen:
+            raise ValueError(f"filter.margin: no instruction reaches {job.config.filter.margin}; lower it")
+        kept = [_kept(unique[i], verdict, i) for i in chosen]
+        lines = [
+            {**item.to_dict(), "scores": dict(zip(verdict.names, verdict.scores[i].tolist(), strict=True))}
+            for item, i in zip(kept, chosen, strict=True)
+        ]
+        facts = {
+            "counts": {**_counts(counts, len(unique)), "kept": len(kept)},
+            "kept_share": len(kept) / len(unique),
+            "histogram": verdict.histogram,
+            "kept_histogram": {n: sum(item.criterion == n for item in kept) for n in verdict.names},
+            "scores": {n: _spread(verdict.scores[:, column].tolist()) for column, n in enumerate(verdict.names)},
+            "score": _spread(verdict.score.tolist()),
+            "warnings": consistency.warnings(verdict),
+        }
+        artifact = job.folder.write(name, {path: to_jsonl(lines)}, inputs=raw, facts=facts)
+    job.watch("consistency", 1, 1)
+    return artifact, [Kept.from_dict(record) for record in from_jsonl(job.folder.read(path), path)]
+
+
+def _kept(instruction: Instruction, verdict: consistency.Consistency, row: int) -> Kept:
+    margin = float(verdict.margin[row]) if len(verdict.names) > 1 else None
+    return Kept(instruction, verdict.names[int(verdict.best[row])], float(verdict.score[row]), margin)
+
+
+def strengths(
+    job: Job, directions: Artifact, sample: Sequence[Instruction], direction_set: DirectionSet
+) -> tuple[Artifact, Strengths]:
+    """γ⁺ and γ⁻, as given or from a calibration by dose; ``sample`` are instructions that are not used for pairs."""
+    config, name, path = job.config, "strengths", "strengths.json"
+    artifact = job.folder.finished(name, [directions])
+    if artifact is None:
+        job.watch("strengths", 0, 1)
+        states = job.rt.hidden_states([job.frame.messages(item.text) for item in sample[:NORM_SAMPLE]])
+        norms = health.residual_norms(states)
+        facts: dict[str, Any] = {"residual_norms": norms}
+        if config.calibration is None:
+            given = (config.pairs.positive, config.pairs.negative)
+            positive, negative = (
+                paper if value is None else value for value, paper in zip(given, PAPER_STRENGTHS, strict=True)
+            )
+        else:
+            rungs = calibrate.climb(
+                job.rt,
+                job.frame,
+                _with_criteria(job, sample[: config.calibration.instructions], direction_set),
+                direction_set,
+                config.resolved_criteria(),
+                job.layers,
+                fmean(norms[i] for i in job.layers),
+                config.calibration.doses,
+                config.pairs,
+                job.eos,
+                config.seed,
+            )
+            calibration = calibrate.choose(rungs)
+            positive, negative = calibration.positive.gamma, calibration.negative.gamma
+            facts["calibration"] = calibration.to_dict()
+        made = Strengths(positive, negative, job.layers)
+        facts |= {**dataclasses.asdict(made), "dose": health.doses(made, norms, direction_set)}
+        artifact = job.folder.write(name, {path: to_json(facts)}, inputs=[directions], facts=facts)
+    job.watch("strengths", 1, 1)
+    facts = dict(artifact.facts)
+    return artifact, Strengths(facts["positive"], facts["negative"], tuple(facts["layers"]))
+
+
+def _with_criteria(job: Job, sample: Sequence[Instruction], direction_set: DirectionSet) -> list[Kept]:
+    """Instructions with the criterion that the run's own filter would give them."""
+    projected = consistency.projections(job.rt, job.frame, sample, direction_set)
+    verdict = consistency.judge(projected, direction_set.names, job.config.filter.scale)
+    return [_kept(instruction, verdict, row) for row, instruction in enumerate(sample)]
+
+
+def pairs(
+    job: Job, inputs: Sequence[Artifact], kept: Sequence[Kept], direction_set: DirectionSet, strengths: Strengths
+) -> list[Artifact]:
+    """Step 3 by shards: a shard is a fixed list of kept instructions, decoded in one call."""
+    size = job.config.pairs.shard_size
+    shards = [kept[i : i + size] for i in range(0, len(kept), size)]
+    paths = [f"data/shard-{number:05d}.parquet" for number in range(len(shards))]
+    if strangers := job.folder.strangers("data", paths):
+        raise ValueError(
+            f"out: {job.folder.path}/data holds {', '.join(strangers[:3])}, which this run did not write and a dataset "
+            f"loader would read along; move it away"
+        )
+    artifacts = []
+    done = 0
+    for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
+        job.watch("pairs", done, len(kept))
+        name = f"pairs-{number:05d}"
+        artifact = job.folder.finished(name, inputs)
+        if artifact is None:
+            base = done
+            records = decode(
+                job.rt,
+                job.frame,
+                shard,
+                direction_set,
+                strengths,
+                job.config.pairs,
+                job.eos,
+                job.config.seed,
+                lambda n, base=base: job.watch("pairs", base + n, len(kept)),  # type: ignore[misc]
+            )
+            facts = {"pairs": len(records)}
+            artifact = job.folder.write(name, {path: dataset.to_parquet(records)}, inputs=inputs, facts=facts)
+            job.folder.log("shard", name=name)
+        artifacts.append(artifact)
+        done += len(shard)
+    job.watch("pairs", len(kept), len(kept))
+    return artifacts
+
+
+def to_lines(items: Sequence[Instruction]) -> bytes:
+    """Instructions as JSON lines, as :func:`~icon2_rt.pipeline.instructions.read_instructions` reads them."""
+    return to_jsonl({"id": item.id, "instruction": item.text} for item in items)
+
+
+def _from_lines(data: bytes, name: str) -> list[Instruction]:
+    return [Instruction(record["id"], record["instruction"]) for record in from_jsonl(data, name)]
+
+
+def _counts(counts: Mapping[str, int], clean: int) -> dict[str, int]:
+    """drawn = clean + what each rule dropped."""
+    return {"drawn": counts["drawn"], **{reason: counts.get(reason, 0) for reason in REASONS}, "clean": clean}
+
+
+def _dropped(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts.get(reason)) or "none dropped"
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": median(values), "mean": fmean(values), "max": max(values)}
+
+
+def _direction_bytes(made: DirectionSet) -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "directions.safetensors"
+        made.save(path)
+        return path.read_bytes()
+
+
+def _tensor_bytes(projected: Tensor) -> bytes:
+    from safetensors.torch import save
+
+    return save({"projections": projected.contiguous()})
+
+
+def _tensor(data: bytes) -> Tensor:
+    from safetensors.torch import load
+
+    return load(data)["projections"]

@@ -1,0 +1,76 @@
+"""What a finished run says about itself: every health check in one table, and the dataset's card for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from icon2_rt.pipeline import dataset, health
+from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.folder import Artifact
+from icon2_rt.pipeline.stages import Job
+from icon2_rt.steering import DirectionSet
+
+
+def summarise(
+    job: Job,
+    direction_set: DirectionSet,
+    features: Artifact | None,
+    kept: Artifact,
+    strengths: Artifact,
+    shards: Sequence[Artifact],
+) -> dict[str, Any]:
+    """The content of ``summary.json``, from the artifacts alone."""
+    figures = [
+        health.without_text(record)
+        for shard in shards
+        for path in shard.files
+        for record in dataset.from_parquet(job.folder.read(path))
+    ]
+    pairs = health.pair_health(figures)
+    warnings = [
+        *health.direction_warnings(direction_set, job.layers, job.rt.fingerprint),
+        *kept.facts["warnings"],
+        *strengths.facts.get("calibration", {}).get("notes", ()),
+        *health.pair_warnings(pairs),
+    ]
+    return {
+        "counts": {
+            "features": dict(features.facts["counts"]) if features else None,
+            "instructions": dict(kept.facts["counts"]),
+            "pairs": pairs["pairs"],
+            "shards": len(shards),
+        },
+        "directions": {
+            "names": direction_set.names,
+            "health": health.direction_health(direction_set),
+            "cosines": health.similarities(direction_set),
+        },
+        "consistency": {
+            "scale": job.config.filter.scale,
+            **{key: kept.facts[key] for key in ("kept_share", "histogram", "kept_histogram", "scores", "score")},
+        },
+        "strengths": dict(strengths.facts),
+        "pairs": pairs,
+        "warnings": warnings,
+    }
+
+
+def card(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    """The content of ``README.md``: a dataset card with the figures that matter first."""
+    pairs, strengths, counts = summary["pairs"], summary["strengths"], summary["counts"]["instructions"]
+    how = "calibrated by dose on this model" if config.calibration is not None else "as given"
+    lines = [
+        f"Made by icon2_rt from `{config.model}`: no reward model, no judge, no human labels.",
+        "",
+        f"- {pairs['pairs']} pairs from {counts['kept']} instructions kept of {counts['drawn']} drawn",
+        f"- criteria: {', '.join(f'{name} {n}' for name, n in pairs['per_criterion'].items())}",
+        f"- strengths in residual units, {how}: γ⁺ {strengths['positive']:.4g}, γ⁻ {strengths['negative']:.4g}, "
+        f"after blocks {strengths['layers'][0]} to {strengths['layers'][-1]} (0-based)",
+        f"- identical pairs {pairs['identical']:.1%}, length ratio chosen/rejected {pairs['length_ratio']:.2f}, "
+        f"cut off {pairs['chosen']['cut_off']:.1%} / {pairs['rejected']['cut_off']:.1%}",
+    ]
+    if summary["warnings"]:
+        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in summary["warnings"])]
+    lines += ["", "`summary.json` has every figure, `manifest.json` what the run was made with."]
+    return dataset.card("Steered preference pairs", "\n".join(lines))
