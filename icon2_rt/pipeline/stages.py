@@ -175,13 +175,6 @@ def _those_that_fit(job: Job, given: Sequence[Instruction], room: int) -> tuple[
     return fitting, Counter({"drawn": len(given), "too long": len(given) - len(fitting)})
 
 
-def _length(job: Job, text: str) -> int:
-    rendered = job.rt.tokenizer.apply_chat_template(
-        job.frame.messages(text), tokenize=False, add_generation_prompt=True
-    )
-    return len(job.rt.tokenizer.encode(rendered, add_special_tokens=False))
-
-
 def _check_given_criteria(given: Mapping[int, Mapping[str, Any]], direction_set: DirectionSet) -> None:
     for number, record in given.items():
         criterion = record.get("criterion")
