@@ -43,14 +43,13 @@ _NEEDED = {
 _OPTIONAL = {
     "gguf": "reads and writes llama.cpp control vectors",
     "pyarrow": "writes datasets",
-    "datasets": "loads datasets (pip install 'icon2_rt[train]')",
-    "trl": "trains with DPO (pip install 'icon2_rt[train]')",
-    "matplotlib": "plots (pip install 'icon2_rt[plot]')",
-    "flash-attn": "not used yet: prefill attention is the reference's",
+    "datasets": "loads datasets: pip install 'icon2_rt[train]'",
+    "trl": "trains with DPO: pip install 'icon2_rt[train]'",
+    "matplotlib": "plots: pip install 'icon2_rt[plot]'",
 }
 
 # Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
-NEVER_RUN_ON_HARDWARE = {"cuda": "no run of this version on a CUDA device is recorded; the CPU path is the tested one"}
+NEVER_RUN_ON_HARDWARE = {"cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested"}
 
 
 def examine() -> list[Finding]:
@@ -60,7 +59,7 @@ def examine() -> list[Finding]:
 
 def _versions() -> list[Finding]:
     found = [
-        Finding("versions", "python", f"{platform.python_version()} ({sys.executable})"),
+        Finding("versions", "python", platform.python_version(), advice=sys.executable),
         Finding("versions", "icon2_rt", _installed("icon2_rt") or "not installed, imported from a folder"),
     ]
     for name, (low, high) in _NEEDED.items():
@@ -74,39 +73,32 @@ def _versions() -> list[Finding]:
             found.append(Finding("versions", name, version))
     for name, use in _OPTIONAL.items():
         version = _installed(name)
-        found.append(Finding("versions", name, version or "not installed", "ok" if version else "note", use))
+        what = use if version is None else use.split(":")[0]
+        found.append(Finding("versions", name, version or "not installed", "ok" if version else "note", what))
     return found
 
 
 def _devices() -> list[Finding]:
     cpu = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    found = [Finding("devices", "cpu", cpu, advice=f"torch uses {torch.get_num_threads()} threads")]
+    found = [Finding("devices", "cpu", cpu, advice=f"torch uses {torch.get_num_threads()} thread(s)")]
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        return [*found, Finding("devices", "cuda", "none", "note", why)]
+        found.append(Finding("devices", "cuda", "none", "note", why))
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        value = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-        found.append(Finding("devices", f"cuda:{i}", value, "note", NEVER_RUN_ON_HARDWARE["cuda"]))
+        found.append(Finding("devices", f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB"))
     return found
 
 
 def _backends() -> list[Finding]:
-    device = _device()
-    found = [
-        Finding("backends", name, "available" if why_not is None else "not available", "ok" if not why_not else "note",
-                why_not or _MEANING[name])
-        for name, why_not in ops.available(device).items()
-    ]  # fmt: skip
-    extension = importlib.util.find_spec("icon2_rt._native")
-    if extension is None:
-        found.append(Finding("backends", "native extension", "not built", "note", "everything works without it"))
-    else:
-        found.append(Finding("backends", "native extension", str(extension.origin)))
-    return found
+    found = []
+    for name, why_not in ops.available(_device()).items():
+        value, state = ("available", "ok") if why_not is None else ("not available", "note")
+        found.append(Finding("backends", name, value, state, why_not or _BACKENDS[name]))  # type: ignore[arg-type]
+    return [*found, *(Finding("never run on", name, "", "note", why) for name, why in NEVER_RUN_ON_HARDWARE.items())]
 
 
-_MEANING = {
+_BACKENDS = {
     "reference": "plain PyTorch: the definition of every operation, runs everywhere",
     "triton": "Triton kernels, for CUDA devices",
     "native": "C++ and CUDA, compiled at installation",
@@ -119,8 +111,9 @@ def _model() -> list[Finding]:
     path = tiny.path()
     there = (path / "config.json").is_file()
     size = sum(file.stat().st_size for file in Path(path).glob("*")) if there else 0
-    value = f"{path} ({size / 2**20:.1f} MiB)" if there else "not there"
-    return [Finding("model", "tiny", value, "ok" if there else "missing", "the chat model that ships with the package")]
+    value = f"{size / 2**20:.1f} MiB" if there else "not there"
+    advice = "the chat model that ships with the package"
+    return [Finding("model", "tiny", value, "ok" if there else "missing", advice)]
 
 
 def _choice() -> list[Finding]:
