@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from icon2_rt import Direction, Steering
+from icon2_rt.pipeline import calibrate, consistency, health
 from tools import refresh_readme
 from tools.refresh_readme import DOCUMENTS, ROOT, Failed, blocks, links, refreshed
 
@@ -75,6 +76,20 @@ def test_the_table_of_steerings(code: str, alpha: float, beta: float) -> None:
     [term] = steering.terms
     torch.testing.assert_close(term.alpha, torch.full((4,), alpha))
     torch.testing.assert_close(term.beta, torch.full((4,), beta))
+
+
+def test_the_thresholds_in_the_documents_are_those_of_the_code() -> None:
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    for words in (
+        f"at most {calibrate.FLUENCY_LOSS} nats per token",
+        f"({calibrate.CUT_OFF_GAIN * 100:.0f} points at most)",
+        f"wins in more than {calibrate.BETTER_SHARE * 100:.0f} %",
+        f"Under {health.WEAK_CONTRAST * 100:.0f} % a warning",
+        f"one criterion gets more than {consistency.DEGENERATE_SHARE * 100:.0f} %",
+        f"over {health.MANY_IDENTICAL * 100:.0f} % a warning: the strengths",
+        f"over {health.MANY_CUT * 100:.0f} % cut off is a warning",
+    ):
+        assert words in text
 
 
 # --- the tool itself -------------------------------------------------------------------------------------------------
