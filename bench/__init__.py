@@ -1,0 +1,1 @@
+"""Measurements of the runtime. Nothing here asserts a speed; `python -m bench` says what there is."""

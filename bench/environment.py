@@ -1,0 +1,92 @@
+"""Where and when a figure was measured: without this a figure means nothing."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("icon2_rt", "torch", "triton", "transformers", "numpy", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, commit and load, now."""
+    commit, changed = _commit()
+    return {
+        "device": device(),
+        "architecture": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": commit,
+        "changed_files": changed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load": load(),
+    }
+
+
+def load() -> list[float]:
+    """Runnable processes, averaged over the last 1, 5 and 15 minutes; this one counts too."""
+    return [round(x, 2) for x in os.getloadavg()]
+
+
+def device() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def slug() -> str:
+    """The device and its threads as a part of a file name."""
+    words = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+    return f"{words}-{torch.get_num_threads()}t"
+
+
+def write(name: str, record: dict[str, Any], out: Path | None = None) -> Path:
+    """Store ``record`` under ``bench/results/``, one file per benchmark and device: a newer run replaces it."""
+    path = out or RESULTS / f"{name}-{slug()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+    return path
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, list[str]]:
+    """The commit, and the tracked files that differ from it (stored results do not count)."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!bench/RESULTS.md"
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None, []
+    return commit, [line[3:] for line in changed.splitlines()]
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,175 @@
+"""bench/RESULTS.md from bench/results/*.json: every figure with the device, versions, commit and load it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.environment import RESULTS, ROOT
+
+# What each figure is held against: so many times the speed of (a); and never slower than (b).
+AIMS = {("tiny", 1): 5.0, ("random100m", 1): 2.0, ("random100m", 32): 1.2}
+
+HEAD = """# Benchmarks
+
+Made by `python -m bench results` from `bench/results/*.json`; do not edit. `make bench` measures everything on the
+machine it runs on and adds its files there. This is what was measured, where and when it says.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench results", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "RESULTS.md")
+    options = parser.parse_args(argv)
+    records = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    options.out.write_text(report(records))
+
+
+def report(records: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The whole document; the same records give the same text."""
+    parts = [HEAD]
+    for kind, title, section in SECTIONS:
+        mine = [(name, record) for name, record in records if record["benchmark"] == kind]
+        if mine:
+            parts.append(f"## {title}\n")
+        for name, record in mine:
+            parts += [section(record), _where(name, record["environment"])]
+    return "\n".join(parts)
+
+
+def _pairs(record: dict[str, Any]) -> str:
+    model, settings = record["model"], record["settings"]
+    rows = []
+    for f in record["figures"]:
+        aim = AIMS.get((model["name"], f["prompts"]))
+        rates, speedup, same = f["pairs_per_second"], f["speedup"], f["agreement"]
+        rows.append(
+            [
+                f["prompts"],
+                *(_spread(rates[name], 2) for name in ("icon2_rt", "two_calls", "one_call")),
+                _spread(speedup["two_calls"], 2, "×"),
+                f"{aim:g}×" if aim else "",
+                _spread(speedup["one_call"], 2, "×"),
+                " / ".join(f"{100 * same[name]['tokens']:.2f} %" for name in ("two_calls", "one_call")),
+            ]
+        )
+    heads = [
+        "prompts",
+        "icon2_rt",
+        "(a) two calls",
+        "(b) one call",
+        "over (a)",
+        "aim",
+        "over (b)",
+        "equal tokens (a) / (b)",
+    ]
+    text = [
+        f"### {_model(model)}\n",
+        f"Pairs per second, {settings['new_tokens']} tokens a branch, median (min–max) of {settings['repeats']} rounds "
+        "in which the contestants take turns in one process. (a) and (b) are transformers with forward hooks: "
+        f"{settings['attention']} attention, left padding, one in-place addition per hook. Greedy, no eos token; "
+        f"blocks {_span(settings['blocks'])} are steered.\n",
+        _table(heads, rows),
+        "Prompt lengths in tokens: "
+        + "; ".join(f"{f['prompts']} prompt(s): {_lengths(f['prompt_lengths'])}" for f in record["figures"])
+        + ".",
+    ]
+    parted = [(f["prompts"], name, a) for f in record["figures"] for name, a in f["agreement"].items() if a["rows"] < 1]
+    if parted:
+        text.append(
+            "\nWhere a row's tokens part, the best next token was ahead of the second by at most "
+            + ", ".join(f"{a['largest_lead_where_rows_part']:.1e} ({n} prompts, {name})" for n, name, a in parted)
+            + " in logits: rounding decided."
+        )
+    return "\n".join(text) + "\n"
+
+
+def _memory(record: dict[str, Any]) -> str:
+    ways, figures = record["settings"]["ways"], record["figures"]
+    rows = [
+        [f["prompts"], ways[f["way"]], f"{f['before_mib']:.0f}", f"{f['peak_mib']:.0f}", f"{f['run_mib']:.1f}"]
+        for f in figures
+    ]
+    return "\n".join(
+        [
+            f"### {_model(record['model'])}\n",
+            f"Prompts of {figures[0]['prompt_tokens']} tokens, {record['settings']['new_tokens']} new tokens a branch; "
+            "each line a fresh process. MiB resident before the run (weights, libraries), at its peak, and the "
+            "difference.\n",
+            _table(["prompts", "what runs", "before", "peak", "the run itself"], rows),
+        ]
+    )
+
+
+def _micro(record: dict[str, Any]) -> str:
+    copy = next(f for f in record["figures"] if f["op"] == "device_copy")
+    rows = [
+        [
+            f["op"], f["model"], f["rows"], f"{f['microseconds']['median']:.1f}", f"{f['microseconds']['iqr']:.1f}",
+            f"{f['gb_per_second']:.2f}", f"{100 * f['gb_per_second'] / copy['gb_per_second']:.0f} %",
+        ]
+        for f in record["figures"]
+        if f is not copy
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            f"One call of each reference op in {record['settings']['dtype']}: median and interquartile range in µs, "
+            "and the bytes it has to move at least, per second. The device copy of the same run: "
+            f"{copy['gb_per_second']:.1f} GB/s (read and written). More than 100 % means that a cache held the "
+            "arguments.\n",
+            _table(["op", "model", "rows", "µs", "IQR", "GB/s", "of the copy"], rows),
+        ]
+    )
+
+
+SECTIONS = (
+    ("pairs", "Pairs per second, end to end", _pairs),
+    ("memory", "Peak memory of a pair beside two single runs", _memory),
+    ("micro", "The ops one by one", _micro),
+)
+
+
+def _where(name: str, e: dict[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in e["versions"].items())
+    changed = f", with {len(e['changed_files'])} changed file(s)" if e["changed_files"] else ""
+    return (
+        f"<sub>`{name}`: {e['device']}, {e['threads']} threads on {e['cores']} cores ({e['instructions']}); "
+        f"Python {e['python']}, {versions}; commit {(e['commit'] or 'unknown')[:12]}{changed}; {e['date']}; "
+        f"load {' '.join(map(str, e['load']))}.</sub>\n"
+    )
+
+
+def _model(model: dict[str, Any]) -> str:
+    names = {"tiny": "The model that ships with the package", "random100m": "A random Llama"}
+    return (
+        f"{names[model['name']]}: {model['parameters'] / 1e6:.1f}M parameters, {model['num_hidden_layers']} blocks × "
+        f"{model['hidden_size']}, vocabulary {model['vocab_size']}, {model['dtype']}"
+    )
+
+
+def _spread(s: dict[str, float], digits: int, unit: str = "") -> str:
+    return f"{s['median']:.{digits}f}{unit} ({s['min']:.{digits}f}–{s['max']:.{digits}f})"
+
+
+def _span(blocks: Sequence[int]) -> str:
+    return f"{blocks[0]} to {blocks[-1]}"
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    """The list, or its repeating part."""
+    for period in range(1, len(lengths)):
+        if len(lengths) % period == 0 and list(lengths) == list(lengths[:period]) * (len(lengths) // period):
+            return f"{len(lengths) // period} times ({', '.join(map(str, lengths[:period]))})"
+    return ", ".join(map(str, lengths))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
