@@ -32,7 +32,7 @@ def test_the_highest_fluent_agreement_and_the_mildest_clear_negative() -> None:
     assert calibration.notes == ()
 
 
-def test_without_a_clear_negative_the_closest_is_taken_and_told() -> None:
+def test_without_a_clear_negative_the_one_that_agrees_least_is_taken_and_told() -> None:
     ladder = [
         BASE,
         _rung(0.1, [0.1] * 20),
@@ -42,7 +42,7 @@ def test_without_a_clear_negative_the_closest_is_taken_and_told() -> None:
     calibration = choose(ladder)
     assert calibration.negative.dose == -0.2
     assert calibration.better == pytest.approx((10 + 0.5 * 4) / 20)
-    assert "closest" in calibration.notes[0]
+    assert "agrees least" in calibration.notes[0]
 
 
 def test_without_a_fluent_rung_the_smallest_is_taken_and_told() -> None:

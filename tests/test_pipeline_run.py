@@ -420,36 +420,43 @@ torch.set_num_threads(1)
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline import run
 
-config, out, seed = RunConfig.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-rng = random.Random(seed)
+config, out = RunConfig.load(sys.argv[1]), Path(sys.argv[2])
+rng = random.Random(0)
 kills = 0
+
+def finished_steps():
+    return len(list((out / "steps").glob("[!.]*")))
+
 while True:
+    # In the middle of the first or the second piece of work from here: the machine's speed does not matter.
+    enough, delay = finished_steps() + rng.choice([0, 0, 1]), rng.uniform(0, rng.choice([0.05, 0.3, 1.2]))
     child = os.fork()
     if child == 0:
         run(config, out)
         os._exit(0)
-    deadline = time.monotonic() + (rng.uniform(0.05, 1.5) if kills < 8 else 300)
+    reached = None
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() > deadline:
+        if reached is None and finished_steps() >= enough:
+            reached = time.monotonic()
+        if kills < 12 and reached is not None and time.monotonic() > reached + delay:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
             break
-        time.sleep(0.005)
+        time.sleep(0.001)
     if done:
         sys.exit(f"{kills} {status}")
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_sigkill_at_random_moments_changes_no_byte(finished: RunResult, model: Path, tmp_path: Path, seed: int) -> None:
+def test_sigkill_at_random_moments_changes_no_byte(finished: RunResult, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(_toml({"model": str(model), **SETTINGS}))
     done = subprocess.run(
-        [sys.executable, "-c", _KILLER, str(path), str(tmp_path / "run"), str(seed)],
+        [sys.executable, "-c", _KILLER, str(path), str(tmp_path / "run")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -457,7 +464,7 @@ def test_sigkill_at_random_moments_changes_no_byte(finished: RunResult, model: P
     )
     kills, status = map(int, done.stderr.strip().splitlines()[-1].split())
     assert status == 0, done.stderr
-    assert kills >= 3
+    assert kills >= 4
     assert _bytes(tmp_path / "run") == _bytes(finished.path)
 
 

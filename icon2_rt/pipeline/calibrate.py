@@ -10,7 +10,7 @@ controlled blocks) nearly does. Each rung of the ladder is judged without any ju
 
 The rule is the paper's rule for choosing strengths, with agreement in the place of its reward model: γ⁺ is the fluent
 rung with the highest mean agreement; γ⁻ the fluent rung with the highest mean agreement such that the positive response
-beats the negative one in more than 90 % of the instructions (if none reaches that, the rung that comes closest).
+beats the negative one in more than 90 % of the instructions (if none reaches that, the one with the lowest mean).
 """
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ def choose(rungs: Sequence[Rung]) -> Calibration:
     if clear:
         negative = max(clear, key=lambda rung: (rung.mean_agreement, rung.dose))
     else:
-        negative = max(candidates, key=lambda rung: (_better(positive, rung), rung.dose))
+        negative = min(candidates, key=lambda rung: (rung.mean_agreement, -rung.dose))
         notes.append(
             f"no fluent negative dose lets the positive response win in more than {BETTER_SHARE:.0%} of the "
-            f"instructions; the closest is used"
+            f"calibration instructions; the one that agrees least is used"
         )
     return Calibration(tuple(rungs), positive, negative, _better(positive, negative), tuple(notes))
 
