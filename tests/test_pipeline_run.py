@@ -441,7 +441,7 @@ while True:
             break
         if reached is None and finished_steps() >= enough:
             reached = time.monotonic()
-        if kills < 12 and reached is not None and time.monotonic() > reached + delay:
+        if kills < 8 and reached is not None and time.monotonic() > reached + delay:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
