@@ -11,7 +11,7 @@ tests/test_readme.py does the second. Each document is run from top to bottom, i
 - a ```toml block whose first line is "# NAME.toml" is written to that file;
 - <!-- excerpt "COMMAND" from "A" to "B" --> before a ```text block: the lines of what COMMAND printed from the first
   that begins with A up to the next that begins with B. Long runs are not the same to the last bit on every machine, so
-  only its headings (lines that begin in the first column, digits aside) are compared;
+  --check compares only its headings (lines that begin in the first column, digits aside);
 - <!-- table NAME --> … <!-- end --> holds a table made from the code.
 """
 
@@ -69,8 +69,10 @@ def blocks(text: str) -> Iterator[Block]:
         last = match.end()
 
 
-def refreshed(text: str, name: str, folder: Path) -> str:
+def refreshed(text: str, name: str, folder: Path, *, keep_excerpts: bool = False) -> str:
     """``text`` with every output and table as it is today. Runs everything in ``folder``.
+
+    ``keep_excerpts`` leaves an excerpt as it is where its headings are right.
 
     Raises:
         Failed: something in it cannot be run, or ends with an error.
@@ -90,7 +92,7 @@ def refreshed(text: str, name: str, folder: Path) -> str:
                 continue
             if block.language == "text" and excerpt:
                 new = _excerpt(_command(excerpt[1], where), excerpt[2], excerpt[3], where)
-                if _headings(new) != _headings(block.content):
+                if not keep_excerpts or _headings(new) != _headings(block.content):
                     changes.append((block.start, block.end, new))
             elif block.language == "text" and printed is not None and not block.before.strip():
                 changes.append((block.start, block.end, printed))
@@ -287,7 +289,7 @@ def main() -> int:
             folder.mkdir()
             old = path.read_text(encoding="utf-8")
             try:
-                new = refreshed(old, document, folder)
+                new = refreshed(old, document, folder, keep_excerpts=arguments.check)
             except Failed as failure:
                 print(failure, file=sys.stderr)
                 return 2
