@@ -549,7 +549,8 @@ class Runtime:
 
 
 class Prefix:
-    """A pinned prefix (see :meth:`Runtime.prefix`). Not reusable after its ``with`` block."""
+    """A prefix (see :meth:`Runtime.prefix`): prefilled where its ``with`` block begins, given back at the block's end. A
+    stream that began inside the block may go on after it."""
 
     def __init__(self, runtime: Runtime, start: Prompt):
         self._runtime, self._start = runtime, start
@@ -557,6 +558,8 @@ class Prefix:
         self._pinned: PinnedPrefix | None = None
 
     def __enter__(self) -> Prefix:
+        if self._pinned is not None:
+            raise RuntimeError("this prefix is pinned already: it is inside its `with` block")
         self._pinned = self._runtime._engine.pin(self.tokens)
         return self
 

@@ -15,9 +15,11 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Literal, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -113,27 +115,34 @@ class Direction:
             if not chosen:
                 raise ValueError(f"direction {self.name!r}: {_show(layers)} selects no block of 0..{n - 1}")
         else:
-            wanted = [layers] if isinstance(layers, SupportsIndex) else list(layers)
-            for layer in wanted:
-                if not isinstance(layer, SupportsIndex) or not -n <= layer.__index__() < n:
+            if isinstance(layers, Tensor | np.ndarray):
+                layers = layers.tolist()
+            wanted = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+            chosen = []
+            for layer in wanted:  # True is 1 to Python: a mask would silently select blocks 0 and 1
+                if isinstance(layer, bool) or not isinstance(layer, SupportsIndex) or not -n <= layer.__index__() < n:
                     raise IndexError(f"direction {self.name!r} has blocks 0..{n - 1} (or -{n}..-1), not {layer!r}")
-            if not wanted:
+                chosen.append(layer.__index__())
+            if not chosen:
                 raise ValueError(f"direction {self.name!r}: an empty list selects no block of 0..{n - 1}")
-            chosen = wanted
-        keep = torch.zeros(n)
+        keep = torch.zeros(n, dtype=torch.float32, device="cpu")
         keep[chosen] = 1
         return replace(self, scale=self.scale * keep)
+
+    __iter__ = None  # sliced by block like a list, but no list of blocks
+    __array_ufunc__ = None  # array * direction is a strength per block (__rmul__), not an array of steerings
 
     def _steer(self, alpha: Tensor, beta: Tensor) -> Steering:
         return Steering((Term(self, alpha, beta),))
 
     def __mul__(self, strength: float | Sequence[float] | Tensor) -> Steering:
-        alpha = _strength(strength, self) * self.scale
-        if bool((torch.as_tensor(strength) != 0).any()) and not bool(alpha.any()):
+        each = _strength(strength, self)
+        alpha = each * self.scale
+        if bool(each.any()) and not bool(alpha.any()):
             raise ValueError(
                 f"strength {strength!r} on direction {self.name!r}, which has no vector on the chosen blocks"
             )
-        return self._steer(alpha, torch.zeros(self.n_layers))
+        return self._steer(alpha, torch.zeros_like(alpha))
 
     __rmul__ = __mul__
 
@@ -144,13 +153,13 @@ class Direction:
         return self * -1.0
 
     def __add__(self, other: Direction | Steering) -> Steering:
-        return self * 1.0 + other
+        return _as_part_of(other, self) + other
 
     def __radd__(self, other: int) -> Steering:
         return other + self * 1.0  # sum([...]) starts from 0
 
     def __sub__(self, other: Direction | Steering) -> Steering:
-        return self * 1.0 - other
+        return _as_part_of(other, self) - other
 
     def ablated(self) -> Steering:
         """Remove the component along this direction: the projection becomes 0 on its blocks."""
@@ -164,7 +173,7 @@ class Direction:
     def amplified(self, factor: float | Sequence[float] | Tensor) -> Steering:
         """Add ``factor · ⟨h, u⟩ · u``: 0.5 makes the component half as large again, -1 is :meth:`ablated`."""
         present = self._present("amplified")
-        return self._steer(torch.zeros(self.n_layers), _strength(factor, self) * present)
+        return self._steer(torch.zeros_like(present), _strength(factor, self) * present)
 
     def _present(self, verb: str) -> Tensor:
         present = (self.scale != 0).float()
@@ -252,11 +261,26 @@ class Term:
     """One direction's share in a steering: ``(alpha[i] + beta[i]·⟨h, u_i⟩)·u_i`` after block ``i``.
 
     ``alpha`` (residual units) and ``beta`` (dimensionless) are fp32 ``[n_layers]``.
+
+    Raises:
+        ValueError: another number of blocks than the direction has, NaN or infinity.
     """
 
     direction: Direction
     alpha: Tensor
     beta: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            values = torch.as_tensor(getattr(self, name), dtype=torch.float32, device="cpu")
+            if values.shape != self.direction.scale.shape:
+                raise ValueError(
+                    f"direction {self.direction.name!r}: {name} has one number per block [{self.direction.n_layers}], "
+                    f"not shape {list(values.shape)}"
+                )
+            if not torch.isfinite(values).all():
+                raise ValueError(f"direction {self.direction.name!r}: {name} holds NaN or infinity: {values.tolist()}")
+            object.__setattr__(self, name, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,8 +309,10 @@ class Steering:
                 f"directions of different models in one steering: [n_layers, hidden_size] are {sorted(shapes)}"
             )
 
+    __array_ufunc__ = None  # number * steering is __rmul__ for numpy's numbers too
+
     def with_scope(self, scope: Scope) -> Steering:
-        """The same steering on other positions; see design: response | generated | all."""
+        """The same steering on other positions: "response", "generated" or "all"."""
         return replace(self, scope=scope)
 
     def with_keep_norm(self, keep_norm: bool = True) -> Steering:
@@ -295,7 +321,7 @@ class Steering:
 
     def __add__(self, other: Direction | Steering) -> Steering:
         if isinstance(other, Direction):
-            other = replace(other * 1.0, scope=self.scope, keep_norm=self.keep_norm)
+            other = _as_part_of(self, other)
         if not isinstance(other, Steering):
             return NotImplemented
         for name in ("scope", "keep_norm"):
@@ -311,8 +337,11 @@ class Steering:
         return self if other == 0 else self + other  # type: ignore[operator]  # sum([...]) starts from 0
 
     def __mul__(self, factor: float) -> Steering:
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        if isinstance(factor, Tensor | np.generic) and factor.ndim == 0:
+            factor = factor.item()
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
             raise TypeError(f"a steering is scaled by one finite number, not {factor!r}")
+        factor = float(factor)
         return replace(self, terms=tuple(Term(t.direction, factor * t.alpha, factor * t.beta) for t in self.terms))
 
     __rmul__ = __mul__
@@ -324,7 +353,7 @@ class Steering:
         return self * -1.0
 
     def __sub__(self, other: Direction | Steering) -> Steering:
-        return self + -other
+        return self + -(_as_part_of(self, other) if isinstance(other, Direction) else other)
 
     @property
     def layers(self) -> list[int]:
@@ -464,6 +493,12 @@ def _orthonormal(
     return out, out_targets
 
 
+def _as_part_of(whole: object, direction: Direction) -> Steering:
+    """A bare direction in a sum takes the scope and keep_norm of the steering that it is added to."""
+    part = direction * 1.0
+    return replace(part, scope=whole.scope, keep_norm=whole.keep_norm) if isinstance(whole, Steering) else part
+
+
 def _merge(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Sum the additive terms of one direction into one: ``a[3] + a[5]`` needs one slot and one dot product.
 
@@ -502,14 +537,17 @@ def _strength(value: float | Sequence[float] | Tensor, direction: Direction) -> 
     return strength
 
 
-_KEYS: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
+_KEYS: MutableMapping[Tensor, tuple[int, str]] = WeakIdKeyDictionary()
 
 
 def _content_key(vectors: Tensor) -> str:
-    """A hash of the bytes, remembered per tensor object (slices of a direction share theirs)."""
-    if vectors not in _KEYS:
-        _KEYS[vectors] = hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
-    return _KEYS[vectors]
+    """A hash of the bytes, remembered per tensor object (slices of a direction share theirs) until it is written to."""
+    version = 0 if vectors.is_inference() else vectors._version  # an inference tensor keeps no count
+    known = _KEYS.get(vectors)
+    if known is None or known[0] != version:
+        known = (version, hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest())
+        _KEYS[vectors] = known
+    return known[1]
 
 
 def _show(s: slice) -> str:

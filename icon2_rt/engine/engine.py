@@ -72,10 +72,12 @@ class Engine:
         spec = model.spec
         self.model, self.options = model, options
         n_pages = plan_pages(spec, options.page_size, model.dtype, model.device, options.kv_memory)
-        self.kv = KVPages(spec, n_pages, options.page_size, model.dtype, model.device)
-        self.bank = DirectionBank(
-            options.max_directions, options.max_terms, spec.n_layers, spec.hidden_size, model.device
-        )
+        with torch.inference_mode(False):  # tensors made inside it could not be written to outside
+            self.kv = KVPages(spec, n_pages, options.page_size, model.dtype, model.device)
+            self.bank = DirectionBank(
+                options.max_directions, options.max_terms, spec.n_layers, spec.hidden_size, model.device
+            )
+        self._prefixes: set[PinnedPrefix] = set()
 
     # ---------------------------------------------------------------- decoding
 
@@ -99,9 +101,17 @@ class Engine:
 
         Rows run together, at most ``max_rows`` at once (a larger group runs by itself). The schedule follows from the
         requests and the options alone. Closing the iterator gives all pages back.
+
+        Raises:
+            RuntimeError: a prefix was let go before the first step, or others hold the pages that a group needs.
         """
         self.check(requests)
+        prefixes = {r.prefix for r in requests if r.prefix is not None}
+        if not prefixes <= self._prefixes:
+            raise RuntimeError("the prefix was let go before this stream began: take its first pair inside the `with`")
         pinned = self.bank.pin(b.steering for r in requests for b in r.branches)
+        for prefix in prefixes:  # groups that wait need it even if its `with` block ends before the stream does
+            self.kv.retain(prefix.pages)
         waiting = deque(requests)
         groups: dict[int, list[Row]] = {}
         running: list[Row] = []
@@ -144,6 +154,8 @@ class Engine:
             for row in running:
                 if row.finish is None:
                     self.kv.release(row.pages)
+            for prefix in prefixes:
+                self.kv.release(prefix.pages)
             self.bank.unpin(pinned)
 
     def _plan(self, request: Request) -> _Plan:
@@ -169,28 +181,27 @@ class Engine:
         admitted: list[list[Row]] = []
         jobs: list[Prefill] = []
         copies: list[PageCopy] = []
-        while waiting:
-            request = waiting[0]
-            n_rows = n_running + sum(map(len, admitted))
-            if n_rows and n_rows + len(request.branches) > self.options.max_rows:
-                break
-            if self._plan(request).pages > self.kv.free_pages:
-                break
-            rows, job, partly_filled = self._open(request)
-            waiting.popleft()
-            admitted.append(rows)
-            jobs.append(job)
-            copies += partly_filled
-        if admitted:
-            try:
-                run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk)
-                for source, target, blocks in copies:
-                    self.kv.copy(source, target, blocks)
-            except BaseException:
-                for rows in admitted:
-                    for row in rows:
-                        self.kv.release(row.pages)
-                raise
+        try:
+            while waiting:
+                request = waiting[0]
+                n_rows = n_running + sum(map(len, admitted))
+                if n_rows and n_rows + len(request.branches) > self.options.max_rows:
+                    break
+                if self._plan(request).pages > self.kv.free_pages:
+                    break
+                rows, job, partly_filled = self._open(request)
+                admitted.append(rows)
+                waiting.popleft()
+                jobs.append(job)
+                copies += partly_filled
+            run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk)
+            for source, target, blocks in copies:
+                self.kv.copy(source, target, blocks)
+        except BaseException:
+            for rows in admitted:
+                for row in rows:
+                    self.kv.release(row.pages)
+            raise
         return admitted
 
     def _open(self, request: Request) -> tuple[list[Row], Prefill, list[PageCopy]]:
@@ -250,9 +261,12 @@ class Engine:
         except BaseException:
             self.kv.release(pages)
             raise
-        return PinnedPrefix(tuple(tokens), tuple(pages))
+        prefix = PinnedPrefix(tuple(tokens), tuple(pages))
+        self._prefixes.add(prefix)
+        return prefix
 
     def unpin(self, prefix: PinnedPrefix) -> None:
+        self._prefixes.remove(prefix)
         self.kv.release(prefix.pages)
 
     # ---------------------------------------------------------------- reading

@@ -10,9 +10,10 @@ from icon2_rt.outputs import FinishReason
 from icon2_rt.steering import CompiledSteering
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PinnedPrefix:
-    """A prefilled run of tokens whose pages are held: ``pages`` cover positions [0, len(tokens))."""
+    """A prefilled run of tokens whose pages are held: ``pages`` cover positions [0, len(tokens)). Equal only to itself:
+    after it is let go the same pages may belong to another one."""
 
     tokens: tuple[int, ...]
     pages: tuple[int, ...]

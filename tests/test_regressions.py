@@ -1,0 +1,154 @@
+"""Mistakes that were found once, each with the smallest call that shows it."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from icon2_rt import Direction, Runtime, Steering, Term
+from icon2_rt.steering import compile_steering
+from tests.models import random_prompts, random_vectors, tiny_llama, tiny_tokenizer
+
+PROMPTS = random_prompts([5, 9, 17, 3, 4])
+HEAD = random_prompts([20], seed=7)[0]
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+def runtime(tokenizer=None, **options) -> Runtime:
+    return Runtime(tiny_llama(), tokenizer, **{"device": "cpu", "page_size": 8, "kv_memory": "2MiB", **options})
+
+
+def direction(seed: int = 0) -> Direction:
+    return Direction(f"d{seed}", random_vectors(4, 48, seed=seed))
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_of_a_row_that_ended_in_the_step_that_failed_come_back(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    rt = runtime(tokenizer)
+    free, calls = rt.free_kv_pages, [0]
+
+    def decode(ids, **kwargs) -> str:
+        calls[0] += 1
+        if calls[0] == 2:  # the first row of the step has ended by then
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    with pytest.raises(KeyboardInterrupt):
+        rt.generate(PROMPTS, stop_strings=["x"], do_sample=False, max_new_tokens=1)
+    assert rt.free_kv_pages == free
+
+
+def test_a_stream_outlives_the_prefix_that_it_began_in():
+    rt = runtime(max_rows=2)
+    expected = rt.generate([HEAD + p for p in PROMPTS], **GREEDY)
+    free = rt.free_kv_pages
+    with rt.prefix(HEAD) as prefix:
+        stream = rt.stream_pairs(PROMPTS, positive=None, negative=None, prefix=prefix, **GREEDY)
+        pairs = [next(stream)]
+    rt.generate(random_prompts([30, 31], seed=3), **GREEDY)  # takes and writes whatever pages are free
+    pairs += list(stream)
+    assert [pair.positive.token_ids for pair in pairs] == [c.token_ids for c in expected]
+    assert rt.free_kv_pages == free
+
+
+def test_a_stream_cannot_begin_after_its_prefix_was_left():
+    rt = runtime()
+    free = rt.free_kv_pages
+    with rt.prefix(HEAD) as prefix:
+        stream = rt.stream_pairs(PROMPTS, positive=None, negative=None, prefix=prefix, **GREEDY)
+    with rt.prefix(HEAD), pytest.raises(RuntimeError, match="prefix"):
+        next(stream)
+    assert rt.free_kv_pages == free
+
+
+def test_a_prefix_is_entered_once_at_a_time():
+    rt = runtime()
+    free = rt.free_kv_pages
+    with rt.prefix(HEAD) as prefix, pytest.raises(RuntimeError, match="already"):
+        prefix.__enter__()
+    with prefix:  # but again later
+        assert rt.free_kv_pages == free - 3
+    assert rt.free_kv_pages == free
+
+
+def test_a_prefix_works_only_where_it_was_made():
+    rt, other = runtime(), runtime()
+    with other.prefix(HEAD) as prefix:
+        for call in (rt.generate, rt.hidden_states):
+            with pytest.raises(ValueError, match="another runtime"):
+                call(PROMPTS, prefix=prefix)
+    with pytest.raises(TypeError, match="prefix"):
+        rt.generate(PROMPTS, prefix=HEAD)
+
+
+def test_one_text_after_a_prefix_is_not_a_prompt_per_character():
+    rt = runtime(tiny_tokenizer())
+    with rt.prefix("the") as prefix, pytest.raises(TypeError, match="list"):
+        rt.generate("thing", prefix=prefix, **GREEDY)
+
+
+# --- steering as a value ---------------------------------------------------------------------------------------------
+
+
+def test_an_array_from_the_left_is_one_strength_per_block():
+    steering = np.array([0.0, 1.0, 2.0, 0.0]) * direction()
+    assert isinstance(steering, Steering)
+    assert steering.layers == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "half", [0.5, np.float32(0.5), torch.tensor(0.5), Fraction(1, 2)], ids=lambda v: type(v).__name__
+)
+def test_every_kind_of_number_scales_a_direction_and_a_steering(half):
+    d = direction()
+    for steering in (half * d, d * half, half * (1.0 * d), (1.0 * d) * half):
+        assert torch.equal(steering.terms[0].alpha, 0.5 * d.scale)
+
+
+@pytest.mark.parametrize("mask", [True, [True, False, True, False], np.array([True, False, True, False])], ids=str)
+def test_a_mask_is_not_a_list_of_blocks(mask):
+    with pytest.raises(IndexError, match="True"):
+        direction()[mask]
+
+
+def test_arrays_and_tensors_select_blocks():
+    assert direction()[np.array([1, -1])].layers == direction()[torch.tensor([1, 3])].layers == [1, 3]
+
+
+def test_a_bare_direction_takes_the_scope_of_the_sum_that_it_joins():
+    a, b = direction(0), direction(1)
+    whole = (1.0 * a).with_scope("all").with_keep_norm()
+    for steering in (whole + b, whole - b, b + whole, b - whole):
+        assert (steering.scope, steering.keep_norm) == ("all", True)
+    signs = [float((t.alpha / t.direction.scale)[0]) for t in (b - whole).terms]
+    assert signs == [1.0, -1.0]
+
+
+def test_a_direction_is_not_a_list_of_directions():
+    with pytest.raises(TypeError):
+        list(direction())
+    with pytest.raises(TypeError, match="direction"):
+        runtime().project(PROMPTS, direction())
+
+
+def test_coefficients_that_overflow_or_have_another_shape_raise():
+    with pytest.raises(ValueError, match="infinity"):
+        (1e30 * direction()) * 1e30
+    with pytest.raises(ValueError, match="per block"):
+        Term(direction(), torch.zeros(3), torch.zeros(4))
+
+
+def test_vectors_that_were_written_to_are_not_taken_for_what_they_were():
+    d = direction()
+    compile_steering(1.0 * d, 4, 48)
+    d.vectors.copy_(direction(1).vectors)
+    [written] = compile_steering(1.0 * d, 4, 48).keys
+    [other] = compile_steering(1.0 * direction(1), 4, 48).keys
+    assert written == other
