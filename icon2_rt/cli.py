@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -251,6 +252,8 @@ def _where(screen: Any, path: Path) -> None:
     screen.print(
         Text(f"\nThe dataset is in {path}  (summary.json: all figures, manifest.json: how it was made)", "bold")
     )
+    if importlib.util.find_spec("datasets") is None:
+        screen.print("  The two lines need `pip install datasets` (training with DPO: `pip install trl`).")
     screen.print(
         Text(
             f"  from datasets import load_dataset\n"
