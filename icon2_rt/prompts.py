@@ -24,7 +24,7 @@ class Encoder:
         Raises:
             TypeError: ``prompts`` is one prompt, not a list of them. ValueError: a bad prompt, named by its index.
         """
-        _check_is_list(prompts, what)
+        check_is_list(prompts, what)
         encoded = []
         for n, prompt in enumerate(prompts):
             try:
@@ -59,11 +59,11 @@ class Encoder:
         return ids
 
     def completion(self, completion: Any) -> list[int]:
-        """A completion to score: text (no special tokens added), ids, or anything with ``token_ids``."""
+        """A completion to score: text (no special tokens added), ids, or anything with ``token_ids``. May be empty."""
         ids = getattr(completion, "token_ids", completion)
         if isinstance(ids, str):
             ids = self._need_tokenizer("a text completion").encode(ids, add_special_tokens=False)
-        return self.check(_as_ids(ids))
+        return _as_ids(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._need_tokenizer("text").decode(list(ids), skip_special_tokens=True))
@@ -86,6 +86,8 @@ class Encoder:
         for message in messages:
             if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
                 raise ValueError(f'a chat message is {{"role": ..., "content": ...}}, not {message!r}')
+            if not all(isinstance(message[key], str) for key in ("role", "content")):
+                raise ValueError(f"role and content of a chat message are strings, not {message!r}")
         chat = [dict(message) for message in messages]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
         # The template writes the BOS itself where the model wants one.
@@ -115,7 +117,8 @@ def _as_ids(prompt: Any) -> list[int]:
     return list(prompt)
 
 
-def _check_is_list(prompts: Any, what: str) -> None:
+def check_is_list(prompts: Any, what: str = "prompts") -> None:
+    """Refuse one prompt where a list of prompts belongs, with the corrected call."""
     if isinstance(prompts, str):
         raise TypeError(f"{what} is always a list: [{_short(prompts)}], not {_short(prompts)}")
     if isinstance(prompts, Mapping):

@@ -21,10 +21,11 @@ from transformers import (
 
 from icon2_rt import models
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, PinnedPrefix, Request, Row, Sampling, resolve_sampling
+from icon2_rt.engine.kv import plan_pages
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, PairedOutput, Prompt, Scored
-from icon2_rt.prompts import Encoder, is_chat
+from icon2_rt.prompts import Encoder, check_is_list, is_chat
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
 
 Steerings = Steering | None | Sequence[Steering | None]
@@ -83,6 +84,8 @@ class Runtime:
         self.tokenizer = tokenizer
         self.generation_config = model.generation_config
         self.options = options
+        if kv_memory is not None:  # refused while the model is still whole
+            plan_pages(self.spec, page_size, next(model.parameters()).dtype, where, kv_memory)
         weights = models.take_weights(model, family, where, keep_model)
         self._engine = Engine(Model(self.spec, weights, ops), options)
         self._encoder = Encoder(tokenizer, self.spec.vocab_size, self.spec.max_length)
@@ -262,7 +265,7 @@ class Runtime:
         )
         if options.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer, and this runtime was made without one")
-        pinned = prefix.pinned if prefix is not None else None
+        pinned = self._pinned(prefix)
         tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
         steerings = self._steerings(branches, len(tokens))
         budgets = [self._budget(n, len(t), options, "max_new_tokens" in sampling) for n, t in enumerate(tokens)]
@@ -280,6 +283,15 @@ class Runtime:
         ]
         self._engine.check(requests)
         return self._run(prompts, requests, progress)
+
+    def _pinned(self, prefix: Prefix | None) -> PinnedPrefix | None:
+        if prefix is None:
+            return None
+        if not isinstance(prefix, Prefix):
+            raise TypeError(f"prefix is what `with rt.prefix(...) as prefix:` gives, not {type(prefix).__name__}")
+        if prefix._runtime is not self:
+            raise ValueError("this prefix was made by another runtime: its KV belongs to that model's memory")
+        return prefix.pinned
 
     def _run(self, prompts: Sequence[Prompt], requests: list[Request], progress: bool) -> Iterator[BranchedOutput]:
         decode = self._encoder.decode if self.tokenizer is not None else None
@@ -324,6 +336,8 @@ class Runtime:
         """One row seed per prompt and branch, prompt by prompt; None for greedy rows."""
         if noise not in ("independent", "common"):
             raise ValueError(f"noise must be 'independent' or 'common', not {noise!r}")
+        if sample_ids is not None and not (isinstance(sample_ids, Sequence) and all(map(_is_int, sample_ids))):
+            raise TypeError(f"sample_ids is a list of whole numbers, one per prompt, not {sample_ids!r}")
         if sample_ids is not None and len(sample_ids) != n_prompts:
             raise ValueError(f"sample_ids has {len(sample_ids)} entries for {n_prompts} prompts: one per prompt")
         if isinstance(seed, bool) or not (seed is None or isinstance(seed, int | Sequence)):
@@ -334,10 +348,12 @@ class Runtime:
                     f"a list of seeds has one per row: {n_prompts} prompts × {n_branches} branches = "
                     f"{n_prompts * n_branches}, not {len(seed)}"
                 )
-            rows = [int(s) for s in seed]
-            for s in rows:
-                if not 0 <= s < 2**64:
-                    raise ValueError(f"a seed must be in [0, 2**64), not {s}")
+            for s in seed:
+                if not _is_int(s) or not 0 <= s < 2**64:
+                    raise ValueError(f"a seed must be a whole number in [0, 2**64), not {s!r}")
+            rows = list(seed)
+        elif not n_prompts:
+            rows = []
         else:
             base = int.from_bytes(os.urandom(8), "little") if seed is None else seed
             ids = list(range(n_prompts)) if sample_ids is None else list(sample_ids)
@@ -417,6 +433,7 @@ class Runtime:
             steering: as in :meth:`generate`; its scope counts positions as generation would.
         """
         encoded = self._encoder.encode_all(prompts)
+        check_is_list(completions, "completions")
         if len(completions) != len(encoded):
             raise ValueError(f"{len(completions)} completions for {len(encoded)} prompts: one for each")
         [steerings] = self._steerings([steering], len(encoded))
@@ -458,9 +475,10 @@ class Runtime:
         progress: bool,
     ) -> Iterator[list[int]]:
         """Run prompts in batches; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
+        pinned = self._pinned(prefix)
         tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
         with tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
-            for batch in self._engine.read(tokens, visit, prefix.pinned if prefix is not None else None):
+            for batch in self._engine.read(tokens, visit, pinned):
                 yield batch
                 bar.update(len(batch))
 
@@ -473,9 +491,14 @@ class Runtime:
         progress: bool = False,
     ) -> Tensor:
         """⟨h, u⟩ of every prompt's last token: ``[n, n_directions, n_layers]`` fp32, CPU; states are never stored."""
+        if isinstance(directions, Direction) or not isinstance(directions, DirectionSet | Sequence):
+            raise TypeError(f"directions is a DirectionSet or a list of Direction, not {type(directions).__name__}")
         chosen = list(directions)
         if not chosen:
             raise ValueError("directions is empty: nothing to project on")
+        for d in chosen:
+            if not isinstance(d, Direction):
+                raise TypeError(f"directions is a list of Direction or a DirectionSet, it holds a {type(d).__name__}")
         size = (self.spec.n_layers, self.spec.hidden_size)
         for d in chosen:
             if (d.n_layers, d.hidden_size) != size:
@@ -521,6 +544,8 @@ class Runtime:
             raise ValueError(f"{len(positive)} positive and {len(negative)} negative prompts: they go pairwise")
         if len(positive) < 2:
             raise ValueError(f"a direction needs at least 2 pairs of prompts, not {len(positive)}")
+        for side, given in (("positive", positive), ("negative", negative)):
+            self._encoder.encode_all(given, side)  # for its errors, which name the side
         interleaved = [prompt for pair in zip(positive, negative, strict=True) for prompt in pair]
         statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size)
         states: dict[int, Tensor] = {}  # prompt → [n_layers, hidden]; a batch, and at most one left over from the last
@@ -582,6 +607,7 @@ class Prefix:
                 does not begin with the prefix's tokens.
         """
         encoder = self._runtime._encoder
+        check_is_list(prompts)
         if not is_chat(self._start):
             for n, prompt in enumerate(prompts):
                 if is_chat(prompt):
@@ -617,4 +643,11 @@ _RUNTIME_OPTIONS = (
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or another torch device, not {device!r}') from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

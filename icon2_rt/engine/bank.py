@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ class DirectionBank:
         self._slot: dict[str, int] = {}  # content key → slot, least recently pinned first
         self._pins: dict[str, int] = {}
 
-    def pin(self, steerings: Iterable[CompiledSteering | None]) -> list[str]:
-        """Bring the vectors of ``steerings`` into the bank and hold them until :meth:`unpin` of the returned keys.
+    def check(self, steerings: Iterable[CompiledSteering | None]) -> dict[str, Tensor]:
+        """The distinct vectors of ``steerings`` by key, if the bank could hold them when nobody else uses it.
 
         Raises:
             ValueError: more terms or more distinct directions than the runtime was made for.
@@ -37,12 +37,25 @@ class DirectionBank:
                     f"pass max_terms={steering.n_terms} to Runtime"
                 )
             wanted.update(zip(steering.keys, steering.vectors, strict=True))
-        held = {key for key, pins in self._pins.items() if pins}
-        if len(wanted.keys() | held) > self.max_directions:
+        self._check_room(wanted.keys())
+        return wanted
+
+    def _check_room(self, keys: Set[str]) -> None:
+        if len(keys) > self.max_directions:
             raise ValueError(
-                f"{len(wanted.keys() | held)} distinct directions are needed at once, this runtime was made for "
+                f"{len(keys)} distinct directions are needed at once, this runtime was made for "
                 f"max_directions={self.max_directions}: pass a larger max_directions to Runtime"
             )
+
+    def pin(self, steerings: Iterable[CompiledSteering | None]) -> list[str]:
+        """Bring the vectors of ``steerings`` into the bank and hold them until :meth:`unpin` of the returned keys.
+
+        Raises:
+            ValueError: as :meth:`check`, or the directions of open streams leave too little room.
+        """
+        wanted = self.check(steerings)
+        held = {key for key, pins in self._pins.items() if pins}
+        self._check_room(wanted.keys() | held)
         for key, vectors in wanted.items():
             slot = self._slot.pop(key, None)
             if slot is None:

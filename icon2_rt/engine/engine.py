@@ -85,8 +85,10 @@ class Engine:
         """Refuse what can never run.
 
         Raises:
-            ValueError: a group needs more pages than there are; the message holds the arithmetic.
+            ValueError: a group needs more pages than there are (the message holds the arithmetic), or the steerings
+                more terms or directions than the runtime was made for.
         """
+        self.bank.check(b.steering for r in requests for b in r.branches)
         for request in requests:
             plan = self._plan(request)
             self._check_fits(
@@ -151,9 +153,8 @@ class Engine:
                             rows = groups.pop(key)
                             yield rows[0].request, rows
         finally:
-            for row in running:
-                if row.finish is None:
-                    self.kv.release(row.pages)
+            for row in running:  # what is finished has left this list
+                self.kv.release(row.pages)
             for prefix in prefixes:
                 self.kv.release(prefix.pages)
             self.bank.unpin(pinned)
@@ -401,9 +402,11 @@ def _finish_reason(row: Row, decode: Decode | None) -> FinishReason | None:
     if row.token in sampling.eos_token_ids:
         return "eos"
     if sampling.stop_strings and decode is not None:
-        # A token is at least one byte of text, so this many tokens surely hold a stop string that ends in the last one.
-        window = max(len(s.encode()) for s in sampling.stop_strings) + 4
-        text = decode(row.tokens[-window:])
+        # Nearly every token is at least one byte of text, so this many hold a stop string that ends in the last one …
+        longest = max(len(s.encode()) for s in sampling.stop_strings)
+        text = decode(row.tokens[-longest - 4 :])
+        if len(text) - len(decode(row.tokens[-1:])) < longest:
+            text = decode(row.tokens)  # … but special tokens have no text, and a character may take several tokens
         if any(s in text for s in sampling.stop_strings):
             return "stop_string"
     return "length" if len(row.tokens) >= row.request.budget else None
