@@ -72,7 +72,7 @@ def test_one_prompt_that_is_not_in_a_list_raises_with_the_corrected_call(chat, p
         ([True, 2], "True"),
         (list(range(65)), "6[45]"),
         (None, "None"),
-        (7, "7"),
+        (7, "int"),
         ("the thing", "tokenizer"),
         ([{"role": "user", "content": "the"}], "tokenizer"),
         ([1, "the"], "the"),
@@ -256,7 +256,7 @@ def test_as_many_terms_and_directions_as_were_asked_for_fit(rt):
 
 def test_branches_must_be_a_list_with_something_in_it(rt):
     for bad in ([], None, 0.1 * direction(), [[None, None]], [[None] * 4]):
-        with pytest.raises((ValueError, TypeError), match="branches"):
+        with pytest.raises((ValueError, TypeError), match="branch"):
             rt.generate_branches(PROMPTS, bad, max_new_tokens=2)
 
 
@@ -291,9 +291,11 @@ def test_bad_completions_raise(rt, completions):
     [
         ({"negative": PROMPTS[:2]}, "3.*2|2.*3"),
         ({"positive": [], "negative": []}, "empty|pair"),
+        ({"positive": PROMPTS[:1], "negative": PROMPTS[1:2]}, "at least 2"),
+        ({"positive": PROMPTS, "negative": PROMPTS}, "equal"),
         ({"method": "lda"}, "pca"),
         ({"name": ""}, "name"),
-        ({"negative": [PROMPTS[0], [], PROMPTS[1]]}, "1"),
+        ({"negative": [PROMPTS[0], [], PROMPTS[1]]}, r"negative\[1\]"),
     ],
     ids=str,
 )
@@ -349,7 +351,7 @@ def test_what_is_not_a_supported_model_is_refused():
         Runtime(gpt2)
     with pytest.raises((TypeError, ValueError), match="model"):
         Runtime("path/to/model")
-    with pytest.raises((TypeError, ValueError), match="model"):
+    with pytest.raises((TypeError, ValueError), match="LlamaModel"):
         Runtime(tiny_llama().model)
 
 

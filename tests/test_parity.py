@@ -56,7 +56,7 @@ class Case:
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request) -> Case:
     build = FAMILIES[request.param]
-    return Case(request.param, build(), Runtime(build(), page_size=PAGE, prefill_chunk=32, device="cpu"))
+    return Case(request.param, build(), Runtime(build(), page_size=PAGE, split_pages=2, prefill_chunk=32, device="cpu"))
 
 
 def assert_close(got: list[float], expected: list[float]) -> None:
@@ -147,7 +147,7 @@ def test_a_prompt_many_times_longer_than_the_rope_was_scaled_from(rope):
 @pytest.mark.parametrize("prefill_chunk", [8, 1024])
 def test_page_and_chunk_sizes_do_not_matter(page_size, prefill_chunk):
     oracle = tiny_llama()
-    rt = Runtime(tiny_llama(), page_size=page_size, prefill_chunk=prefill_chunk, device="cpu")
+    rt = Runtime(tiny_llama(), page_size=page_size, split_pages=1, prefill_chunk=prefill_chunk, device="cpu")
     a = Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
     lengths = [1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2]
     prompts = random_prompts(lengths)

@@ -161,24 +161,19 @@ def test_the_order_of_the_pairs_does_not_matter(rt):
     torch.testing.assert_close(one.vectors, two.vectors, atol=1e-4, rtol=0)
 
 
-def test_a_planted_direction_is_found():
-    """One token of each prompt says which side it is on: its trace is the difference, up to what the rest adds."""
-    rt = Runtime(tiny_llama(), device="cpu")
-    rest = random_prompts([4] * 24, seed=4)
-    d = rt.extract_direction([[*r[:3], 5, r[3]] for r in rest], [[*r[:3], 9, r[3]] for r in rest], "planted")
-    held_out = random_prompts([4] * 12, seed=5)
-    ahead = rt.project([[*r[:3], 5, r[3]] for r in held_out], [d]) - rt.project(
-        [[*r[:3], 9, r[3]] for r in held_out], [d]
-    )
-    assert float((ahead[:, 0] > 0).float().mean()) > 0.9
-    assert min(d.health["sign_agreement"]) > 0.7
+@pytest.mark.parametrize("method", ["pca", "mean_difference"])
+def test_a_planted_direction_is_found(method):
+    """The last token says which side a prompt is on; prompts that were not seen are told apart in every block."""
+    rt = Runtime(tiny_llama(std=0.05), device="cpu")  # nearly linear, as a trained model is along its directions
 
+    def sides(seed):
+        rest = random_prompts([5] * 24, seed=seed)
+        return [[*r, 5] for r in rest], [[*r, 9] for r in rest]
 
-def test_one_pair_is_enough_for_a_direction_and_identical_pairs_raise(rt):
-    d = rt.extract_direction(POSITIVE[:1], NEGATIVE[:1], "x")
-    assert bool(torch.isfinite(d.vectors).all())
-    with pytest.raises(ValueError):
-        rt.extract_direction(POSITIVE[:3], POSITIVE[:3], "x")
+    d = rt.extract_direction(*sides(4), "planted", method=method)
+    positive, negative = (rt.project(side, [d])[:, 0] for side in sides(5))
+    assert float((positive > negative).float().mean()) > 0.95
+    assert min(d.health["sign_agreement"]) > 0.9
 
 
 def test_chats_are_rendered_with_the_template(chat):

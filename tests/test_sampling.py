@@ -328,10 +328,10 @@ def test_stop_strings_also_across_tokens(chat):
     options = {"max_new_tokens": 40, "seed": 1, "eos_token_id": 127, **NEUTRAL}  # 127: a token without text
     free = chat.generate(TEXTS, **options)
     decode = chat.tokenizer.decode
-    pieces = {
-        decode(free[0].token_ids[i : i + n], skip_special_tokens=True) for i, n in [(6, 1), (10, 2), (20, 3), (25, 9)]
-    }
-    pieces |= {decode(free[2].token_ids[12:14])[1:], decode(free[3].token_ids[3:6])[:-1]}
+    longest = max((f.token_ids for f in free), key=len)
+    cuts = [(6, 1), (10, 2), (20, 3), (25, 9)]
+    pieces = {decode(longest[i : i + n], skip_special_tokens=True) for i, n in cuts}
+    pieces |= {decode(longest[12:14])[1:], decode(free[3].token_ids[3:6])[:-1]}
     stopped = 0
     for piece in sorted(p for p in pieces if p.strip()):
         for before, after in zip(free, chat.generate(TEXTS, stop_strings=[piece, "\x00never"], **options), strict=True):
@@ -341,7 +341,7 @@ def test_stop_strings_also_across_tokens(chat):
                 assert after.token_ids == whole[: stops[0]]
                 assert after.finish_reason == "stop_string"
             else:
-                assert after == before
+                assert (after.token_ids, after.finish_reason) == (whole, before.finish_reason)
             assert after.text == decode(after.token_ids, skip_special_tokens=True)
             stopped += bool(stops)
     assert stopped >= 5
@@ -352,10 +352,10 @@ def test_a_stop_string_is_found_across_tokens_without_text(chat):
     from icon2_rt.engine import batch
 
     model_choice = [*chat.tokenizer.encode("on", add_special_tokens=False), *[3, 120] * 20]
-    script = iter([*model_choice, *chat.tokenizer.encode("er", add_special_tokens=False), 9, 9])
+    script = iter([*model_choice, *chat.tokenizer.encode("er", add_special_tokens=False), *[9] * 20])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch.Batch, "step", lambda self: ([next(script)], [0.0]))
-        completion = chat.generate(["x"], do_sample=False, max_new_tokens=60, stop_strings=["oner"])[0]
+        completion = chat.generate(["x"], do_sample=False, max_new_tokens=50, stop_strings=["oner"])[0]
     assert completion.finish_reason == "stop_string"
     assert completion.text.endswith("oner")
 

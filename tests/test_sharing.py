@@ -19,7 +19,7 @@ PROMPTS = random_prompts(LENGTHS)
 
 @pytest.fixture(scope="module")
 def rt() -> Runtime:
-    return Runtime(tiny_llama(), page_size=PAGE, prefill_chunk=16, device="cpu")
+    return Runtime(tiny_llama(), page_size=PAGE, split_pages=2, prefill_chunk=16, device="cpu")
 
 
 @pytest.fixture(scope="module")
