@@ -19,9 +19,9 @@ class _TruncatedSVD:
     """The rows seen so far, per block: ``u [n_layers, n, r] · s [n_layers, 1, r] @ basis [n_layers, r, hidden]``."""
 
     def __init__(self, n_layers: int, hidden: int):
-        self.u = torch.zeros(n_layers, 0, 0)
-        self.s = torch.zeros(n_layers, 1, 0)
-        self.basis = torch.zeros(n_layers, 0, hidden)
+        self.u = torch.zeros(n_layers, 0, 0, dtype=torch.float32, device="cpu")
+        self.s = torch.zeros(n_layers, 1, 0, dtype=torch.float32, device="cpu")
+        self.basis = torch.zeros(n_layers, 0, hidden, dtype=torch.float32, device="cpu")
 
     @property
     def weighted(self) -> Tensor:
@@ -55,8 +55,8 @@ class ContrastStatistics:
 
     def __init__(self, n_layers: int, hidden: int):
         self._halves = (_TruncatedSVD(n_layers, hidden), _TruncatedSVD(n_layers, hidden))
-        self._sum = torch.zeros(n_layers, hidden, dtype=torch.float64)  # of the differences
-        self._norms = torch.zeros(n_layers)  # of ‖h‖ over both prompts of all pairs
+        self._sum = torch.zeros(n_layers, hidden, dtype=torch.float64, device="cpu")  # of the differences
+        self._norms = torch.zeros(n_layers, dtype=torch.float32, device="cpu")  # of ‖h‖ over both prompts of all pairs
         self.n = 0
 
     def add(self, positive: Tensor, negative: Tensor) -> None:

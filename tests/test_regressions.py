@@ -7,8 +7,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from icon2_rt import Direction, Runtime, Steering, Term
+from icon2_rt.engine import resolve_sampling
 from icon2_rt.steering import compile_steering
 from tests.models import random_prompts, random_vectors, tiny_llama, tiny_tokenizer
 
@@ -152,3 +154,72 @@ def test_vectors_that_were_written_to_are_not_taken_for_what_they_were():
     [written] = compile_steering(1.0 * d, 4, 48).keys
     [other] = compile_steering(1.0 * direction(1), 4, 48).keys
     assert written == other
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_taken_over_once():
+    model = tiny_llama()
+    Runtime(model, device="cpu", kv_memory="1MiB")
+    with pytest.raises(ValueError, match="keep_model"):
+        Runtime(model, device="cpu", kv_memory="1MiB")
+
+
+def test_weights_of_several_dtypes_are_refused():
+    model = tiny_llama().to(torch.bfloat16)
+    model.lm_head.float()
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):
+        Runtime(model, device="cpu")
+
+
+class Adapter(torch.nn.Module):
+    """What a LoRA library puts in a projection's place: the weight looks like the original's."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base_layer, self.lora_A = base, torch.nn.Linear(48, 4)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+
+def test_an_adapter_or_a_bias_is_not_left_out_silently():
+    adapted, biased = tiny_llama(), tiny_llama()
+    adapted.model.layers[1].self_attn.q_proj = Adapter(adapted.model.layers[1].self_attn.q_proj)
+    biased.model.layers[2].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(48))
+    for model, says in ((adapted, "merge_and_unload"), (biased, r"layers\.2\.mlp\.down_proj\.bias")):
+        with pytest.raises(ValueError, match=says):
+            Runtime(model, device="cpu")
+
+
+# --- sampling options ------------------------------------------------------------------------------------------------
+
+
+def test_fields_that_transformers_does_not_know_are_no_reason_to_refuse():
+    config = GenerationConfig(chat_format="chatml", max_window_size=6144)
+    assert resolve_sampling(config, {}, vocab_size=128) == resolve_sampling(None, {}, vocab_size=128)
+
+
+def test_an_option_of_none_is_not_given():
+    assert resolve_sampling(None, {"temperature": 0.5, "do_sample": None}, vocab_size=128).do_sample
+
+
+def test_numpy_numbers_are_options():
+    options = {"temperature": np.float32(0.5), "max_new_tokens": np.int64(3), "eos_token_id": np.array([3, 4])}
+    resolved = resolve_sampling(None, options, vocab_size=128)
+    assert (resolved.temperature, resolved.max_new_tokens, resolved.eos_token_ids) == (0.5, 3, (3, 4))
+
+
+def test_the_coldest_temperature_is_greedy_and_colder_is_refused():
+    rt = runtime()
+    cold = rt.generate(PROMPTS, temperature=1e-30, seed=0, max_new_tokens=4)
+    assert [c.token_ids for c in cold] == [c.token_ids for c in rt.generate(PROMPTS, do_sample=False, max_new_tokens=4)]
+    for colder in (0, 1e-38, 1e-46):
+        with pytest.raises(ValueError, match="temperature"):
+            rt.generate(PROMPTS, temperature=colder)
+
+
+def test_top_k_may_be_any_whole_number():
+    assert resolve_sampling(None, {"top_k": 10**20}, vocab_size=128).top_k == 128

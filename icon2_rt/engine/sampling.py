@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GenerationConfig
 
 DEFAULT_MAX_NEW_TOKENS = 256
+
+# Below this temperature fp32 logits could divide to infinity; it is as cold as greedy long before.
+_COLDEST = 1e-30
 
 # Fields of GenerationConfig that are understood here, and those that change nothing of the text that comes out.
 SUPPORTED = (
@@ -78,17 +81,19 @@ def resolve_sampling(
     for name in options:
         if name not in known or name == "transformers_version":
             close = difflib.get_close_matches(name, SUPPORTED, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f": did you mean {close[0]!r}?" if close else "."
             raise TypeError(f"unknown option {name!r}{hint} Sampling options are {', '.join(SUPPORTED)}")
     if base is not None and not isinstance(base, GenerationConfig):
         raise TypeError(f"generation_config must be a transformers GenerationConfig, not {type(base).__name__}")
-    merged = {k: v for k, v in (base.to_dict() if base is not None else {}).items() if v is not None}
+    # A field that transformers does not know (checkpoints carry some) changes nothing there either.
+    merged = {k: v for k, v in (base.to_dict() if base is not None else {}).items() if v is not None and k in known}
+    options = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in options.items()}  # numpy's numbers
     if {"max_new_tokens", "max_length"} & options.keys():  # a limit in the call replaces the base's, of either kind
         merged.pop("max_new_tokens", None)
         merged.pop("max_length", None)
     merged.update({k: v for k, v in options.items() if v is not None})
     if {"temperature", "top_k", "top_p", "min_p"} & {k for k, v in options.items() if v is not None}:
-        merged["do_sample"] = options.get("do_sample", True)
+        merged["do_sample"] = True if options.get("do_sample") is None else options["do_sample"]
     for name, value in merged.items():
         if name in SUPPORTED or name in _HARMLESS or value in _NEUTRAL.get(name, ()):
             continue
@@ -114,7 +119,7 @@ def resolve_sampling(
         stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
     )
     _check(sampling, vocab_size)
-    return sampling
+    return replace(sampling, top_k=min(sampling.top_k, vocab_size))
 
 
 def _check(s: Sampling, vocab_size: int) -> None:
@@ -133,7 +138,9 @@ def _check(s: Sampling, vocab_size: int) -> None:
             raise ValueError(f"{name} must be a whole number of at least {low}, not {value!r}")
 
     if s.do_sample:
-        number("temperature", 0.0, math.inf, above=True)
+        if s.temperature == 0:
+            raise ValueError("temperature must be above 0, not 0: greedy decoding is do_sample=False")
+        number("temperature", _COLDEST, math.inf)
         number("top_p", 0.0, 1.0, above=True)
         number("min_p", 0.0, 1.0)
         count("top_k", 0)

@@ -98,6 +98,11 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
         ValueError: a quantised or partly loaded model, or a config field whose value is not supported.
     """
     config = model.config
+    if any(parameter.numel() == 0 for parameter in model.parameters()):
+        raise ValueError(
+            "this model is empty: a Runtime has taken its weights over. Use that runtime, load the model again, or "
+            "make the first one with keep_model=True"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "quantised checkpoints are not supported (steering acts on the full-precision residual stream); "
@@ -121,6 +126,10 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
             )
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"weight {name} is {tensor.dtype}; supported are float32, bfloat16 and float16")
+    dtypes = sorted({str(tensor.dtype)[6:] for tensor in model.parameters()})
+    if len(dtypes) > 1:
+        raise ValueError(f"this model's weights are of several dtypes, {dtypes}: convert it, model.to(torch.bfloat16)")
+    _check_parameters(model, family)
     if model.config.num_attention_heads % model.config.num_key_value_heads:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
     return DecoderSpec(
@@ -138,6 +147,29 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
         rope_scaling=float(decoder_of(model).rotary_emb.attention_scaling),
         tied_embeddings=bool(config.tie_word_embeddings),
     )
+
+
+def _check_parameters(model: PreTrainedModel, family: Family) -> None:
+    """Refuse a model that computes with more than the family does: an adapter, a bias, a wrapped block."""
+    parts = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    parts += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    parts += [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+    parts += [f"self_attn.{name}_proj.bias" for name in "qkv" if family.qkv_bias]
+    parts += [f"self_attn.{name}_norm.weight" for name in "qk" if family.qk_norm]
+    base = decoder_of(model)
+    expected = {
+        "embed_tokens.weight",
+        "norm.weight",
+        *(f"layers.{i}.{p}" for i in range(len(base.layers)) for p in parts),
+    }
+    found = {name for name, _ in base.named_parameters()}
+    found |= {f"lm_head.{name}" for name, _ in model.get_output_embeddings().named_parameters()} - {"lm_head.weight"}
+    if found != expected:
+        odd = sorted(found ^ expected)
+        raise ValueError(
+            f"this model's parameters are not those of a {family.name} decoder: {len(odd)} differ, {odd[:3]} …. "
+            f"Merge an adapter into the weights first (model = model.merge_and_unload()), and unwrap what wraps a block"
+        )
 
 
 def take_weights(model: PreTrainedModel, family: Family, device: torch.device, keep_model: bool) -> DecoderWeights:
