@@ -574,8 +574,10 @@ class Runtime:
 
 
 class Prefix:
-    """A prefix (see :meth:`Runtime.prefix`): prefilled where its ``with`` block begins, given back at the block's end. A
-    stream that began inside the block may go on after it."""
+    """A prefix (see :meth:`Runtime.prefix`): prefilled where its ``with`` block begins, given back at the end.
+
+    A stream that began inside the block may go on after it.
+    """
 
     def __init__(self, runtime: Runtime, start: Prompt):
         self._runtime, self._start = runtime, start
