@@ -63,7 +63,7 @@ class Runtime:
         max_directions: int = 64,
         max_terms: int = 8,
         page_size: int = 32,
-        split_pages: int = 8,
+        split_pages: int = 4,
         prefill_chunk: int = 2048,
     ):
         if not isinstance(model, PreTrainedModel):

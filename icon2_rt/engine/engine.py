@@ -35,7 +35,7 @@ class EngineOptions:
 
     kv_memory: int | str | None = None
     page_size: int = 32
-    split_pages: int = 8
+    split_pages: int = 4
     max_rows: int = 64
     max_directions: int = 64
     max_terms: int = 8
