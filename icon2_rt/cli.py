@@ -288,9 +288,10 @@ def main() -> None:
     """The ``icon2`` command."""
     try:
         app(prog_name="icon2")
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:  # typer's word for Ctrl-C
+            print("\nstopped; the same command continues a run", file=sys.stderr)
+        raise
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("ICON2_TRACEBACK"):
             raise

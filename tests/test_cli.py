@@ -120,10 +120,10 @@ def test_a_traceback_where_it_is_wanted(icon2: Icon2, tmp_path: Path, monkeypatc
 
 
 def test_stopped_by_hand(icon2: Icon2, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(prog_name: str) -> None:
+    def stop() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", stop)
+    monkeypatch.setattr(doctor, "examine", stop)
     code, _, err = icon2("doctor")
     assert code == 130
     assert "the same command continues" in err
