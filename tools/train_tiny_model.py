@@ -45,7 +45,7 @@ class Recipe:
 
     seed: int = 0
     threads: int = 1
-    steps: int = 10000
+    steps: int = 12000
     warmup: int = 200
     decay_share: float = 0.25
     truth_first: int = 1200
