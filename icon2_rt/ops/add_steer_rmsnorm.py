@@ -6,6 +6,7 @@ The steering is a term of an operation that runs anyway, so that it costs nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,21 @@ class RowSteering:
     which: Tensor
     rows: tuple[Tensor | slice | None, ...]
     rescale: bool
+
+    @cached_property
+    def additive(self) -> bool:
+        """Whether no term looks at h: then what a steering adds at a block is one vector."""
+        return not bool(self.beta.any())
+
+    @cached_property
+    def _pushes(self) -> dict[int, Tensor]:
+        return {}
+
+    def push(self, layer: int) -> Tensor:
+        """Σ α·u of every distinct steering at ``layer``, ``[S, hidden]`` fp32: made once, used at every step."""
+        if layer not in self._pushes:
+            self._pushes[layer] = (self.alpha[:, None, :, layer] @ self.bank[self.index, layer])[:, 0]
+        return self._pushes[layer]
 
 
 def add_steer_rmsnorm(
@@ -72,10 +88,13 @@ def add_steer_rmsnorm(
 
 def steer(h: Tensor, steering: RowSteering, layer: int, which: Tensor) -> Tensor:
     """The steering law on ``h [n, hidden]`` fp32, all of whose rows have an active term; returns a new tensor."""
-    u = steering.bank[steering.index[which], layer]  # [n, K, hidden]
-    alpha, beta = steering.alpha[which, :, layer], steering.beta[which, :, layer]  # [n, K]
-    coefficient = alpha + beta * (u @ h[:, :, None])[:, :, 0]
-    out = h + (coefficient[:, None, :] @ u)[:, 0]
+    if steering.additive:
+        out = h + steering.push(layer).index_select(0, which)
+    else:
+        u = steering.bank[steering.index[which], layer]  # [n, K, hidden]
+        alpha, beta = steering.alpha[which, :, layer], steering.beta[which, :, layer]  # [n, K]
+        coefficient = alpha + beta * (u @ h[:, :, None])[:, :, 0]
+        out = h + (coefficient[:, None, :] @ u)[:, 0]
     if steering.rescale:
         before, after = h.norm(dim=-1, keepdim=True), out.norm(dim=-1, keepdim=True)
         scale = torch.where((before > 0) & (after > 0) & steering.keep_norm[which][:, None], before / after, 1.0)
