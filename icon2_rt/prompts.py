@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +31,7 @@ class Encoder:
             try:
                 encoded.append(self.encode(prompt))
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{what}[{n}]: {error}") from None
+                raise named(error, f"{what}[{n}]") from None
         return encoded
 
     def encode(self, prompt: Prompt, *, generation_prompt: bool = True) -> list[int]:
@@ -89,7 +90,10 @@ class Encoder:
             if not all(isinstance(message[key], str) for key in ("role", "content")):
                 raise ValueError(f"role and content of a chat message are strings, not {message!r}")
         chat = [dict(message) for message in messages]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise ValueError(f"the chat template refuses this chat: {error}") from error
         # The template writes the BOS itself where the model wants one.
         return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -97,6 +101,11 @@ class Encoder:
         if self.tokenizer is None:
             raise ValueError(f"{what} needs a tokenizer, and this runtime was made without one: pass token ids")
         return self.tokenizer
+
+
+def named(error: Exception, where: str) -> Exception:
+    """The same error with its place in front."""
+    return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
 
 
 def is_chat(prompt: object) -> bool:
@@ -112,9 +121,9 @@ def _as_ids(prompt: Any) -> list[int]:
             f"a prompt is a str, a list of chat messages or a list of token ids, not {type(prompt).__name__}"
         )
     for token in prompt:
-        if not isinstance(token, int) or isinstance(token, bool):
+        if not isinstance(token, SupportsIndex) or isinstance(token, bool):
             raise TypeError(f"token ids are whole numbers, not {token!r} ({type(token).__name__})")
-    return list(prompt)
+    return [index(token) for token in prompt]
 
 
 def check_is_list(prompts: Any, what: str = "prompts") -> None:

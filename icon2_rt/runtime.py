@@ -25,7 +25,7 @@ from icon2_rt.engine.kv import plan_pages
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, PairedOutput, Prompt, Scored
-from icon2_rt.prompts import Encoder, check_is_list, is_chat
+from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
 
 Steerings = Steering | None | Sequence[Steering | None]
@@ -204,13 +204,11 @@ class Runtime:
         Raises:
             TypeError, ValueError: before any work; the message names the argument and what would be right.
         """
-        outputs: list[BranchedOutput | None] = [None] * len(prompts)
-        for output in self._stream(
+        outputs = self._stream(
             prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
             generation_config=generation_config, progress=progress, sampling=sampling,
-        ):  # fmt: skip
-            outputs[output.index] = output
-        return [output for output in outputs if output is not None]
+        )  # fmt: skip
+        return sorted(outputs, key=lambda output: output.index)
 
     def generate_pairs(
         self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
@@ -266,7 +264,7 @@ class Runtime:
         if options.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer, and this runtime was made without one")
         pinned = self._pinned(prefix)
-        tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
+        tokens = self._tokens(prompts, prefix)
         steerings = self._steerings(branches, len(tokens))
         budgets = [self._budget(n, len(t), options, "max_new_tokens" in sampling) for n, t in enumerate(tokens)]
         seeds = self._seeds(len(tokens), len(steerings), seed, noise, sample_ids, options)
@@ -282,7 +280,10 @@ class Runtime:
             for n, ids in enumerate(tokens)
         ]
         self._engine.check(requests)
-        return self._run(prompts, requests, progress)
+        return self._run(list(prompts), requests, progress)  # a copy: the caller may change the list meanwhile
+
+    def _tokens(self, prompts: Sequence[Prompt], prefix: Prefix | None) -> list[list[int]]:
+        return self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
 
     def _pinned(self, prefix: Prefix | None) -> PinnedPrefix | None:
         if prefix is None:
@@ -336,6 +337,7 @@ class Runtime:
         """One row seed per prompt and branch, prompt by prompt; None for greedy rows."""
         if noise not in ("independent", "common"):
             raise ValueError(f"noise must be 'independent' or 'common', not {noise!r}")
+        seed, sample_ids = _plain(seed), _plain(sample_ids)
         if sample_ids is not None and not (isinstance(sample_ids, Sequence) and all(map(_is_int, sample_ids))):
             raise TypeError(f"sample_ids is a list of whole numbers, one per prompt, not {sample_ids!r}")
         if sample_ids is not None and len(sample_ids) != n_prompts:
@@ -374,7 +376,7 @@ class Runtime:
                 try:
                     compiled[id(steering)] = compile_steering(steering, self.spec.n_layers, self.spec.hidden_size)
                 except (TypeError, ValueError) as error:
-                    raise type(error)(f"{where}: {error}") from None
+                    raise named(error, where) from None
                 for term in steering.terms if steering is not None else ():
                     self.check_model(term.direction)
             return compiled[id(steering)]
@@ -442,7 +444,7 @@ class Runtime:
             try:
                 sequences.append((self._encoder.check(ids + self._encoder.completion(completion)), len(ids), compiled))
             except (TypeError, ValueError) as error:
-                raise type(error)(f"completions[{n}]: {error}") from None
+                raise named(error, f"completions[{n}]") from None
         scored: list[Scored | None] = [None] * len(sequences)
         with tqdm(total=len(sequences), unit="completion", disable=not progress) as bar:
             for n, logprobs, entropies in self._engine.score(sequences):
@@ -458,25 +460,25 @@ class Runtime:
 
         Block i is transformers' ``hidden_states[i + 1]``, except the last, which is taken before the final norm.
         """
-        out = torch.empty(len(prompts), self.spec.n_layers, self.spec.hidden_size)
+        pinned = self._pinned(prefix)
+        tokens = self._tokens(prompts, prefix)
+        out = torch.empty(len(tokens), self.spec.n_layers, self.spec.hidden_size, dtype=torch.float32, device="cpu")
 
         def keep(rows: list[int], layer: int, h: Tensor) -> None:
             out[rows, layer] = h.float().cpu()
 
-        for _ in self._read(prompts, keep, prefix, progress):
+        for _ in self._read(tokens, keep, pinned, progress):
             pass
         return out
 
     def _read(
         self,
-        prompts: Sequence[Prompt],
+        tokens: list[list[int]],
         visit: Callable[[list[int], int, Tensor], None],
-        prefix: Prefix | None,
+        pinned: PinnedPrefix | None,
         progress: bool,
     ) -> Iterator[list[int]]:
         """Run prompts in batches; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
-        pinned = self._pinned(prefix)
-        tokens = self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
         with tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
             for batch in self._engine.read(tokens, visit, pinned):
                 yield batch
@@ -508,12 +510,14 @@ class Runtime:
                 )
             self.check_model(d)
         bank = torch.stack([d.vectors * (d.scale != 0)[:, None] for d in chosen], dim=1).to(self.device)
-        out = torch.empty(len(prompts), len(chosen), self.spec.n_layers)
+        pinned = self._pinned(prefix)
+        tokens = self._tokens(prompts, prefix)
+        out = torch.empty(len(tokens), len(chosen), self.spec.n_layers, dtype=torch.float32, device="cpu")
 
         def dot(rows: list[int], layer: int, h: Tensor) -> None:
             out[rows, :, layer] = (h.float() @ bank[layer].T).cpu()
 
-        for _ in self._read(prompts, dot, prefix, progress):
+        for _ in self._read(tokens, dot, pinned, progress):
             pass
         return out
 
@@ -540,19 +544,19 @@ class Runtime:
         """
         if method not in ("pca", "mean_difference"):
             raise ValueError(f"method must be 'pca' or 'mean_difference', not {method!r}")
+        sides = [self._encoder.encode_all(positive, "positive"), self._encoder.encode_all(negative, "negative")]
         if len(positive) != len(negative):
             raise ValueError(f"{len(positive)} positive and {len(negative)} negative prompts: they go pairwise")
         if len(positive) < 2:
             raise ValueError(f"a direction needs at least 2 pairs of prompts, not {len(positive)}")
-        for side, given in (("positive", positive), ("negative", negative)):
-            self._encoder.encode_all(given, side)  # for its errors, which name the side
-        interleaved = [prompt for pair in zip(positive, negative, strict=True) for prompt in pair]
-        statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size)
+        interleaved = [tokens for pair in zip(*sides, strict=True) for tokens in pair]
+        shape = (self.spec.n_layers, self.spec.hidden_size)
+        statistics = ContrastStatistics(*shape)
         states: dict[int, Tensor] = {}  # prompt → [n_layers, hidden]; a batch, and at most one left over from the last
 
         def keep(rows: list[int], layer: int, h: Tensor) -> None:
             for row, state in zip(rows, h.float().cpu(), strict=True):
-                states.setdefault(row, torch.empty(self.spec.n_layers, self.spec.hidden_size))[layer] = state
+                states.setdefault(row, torch.empty(shape, dtype=torch.float32, device="cpu"))[layer] = state
 
         for _ in self._read(interleaved, keep, None, progress):
             pairs = [n for n in sorted(states) if n % 2 == 0 and n + 1 in states]
@@ -564,7 +568,7 @@ class Runtime:
         return Direction(
             name,
             vectors,
-            torch.ones(self.spec.n_layers),
+            torch.ones(self.spec.n_layers, dtype=torch.float32, device="cpu"),
             model=self.fingerprint,
             model_name=self.name,
             method=method,
@@ -646,10 +650,24 @@ def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        where = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f'device must be "auto", "cpu", "cuda" or another torch device, not {device!r}') from None
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", not {device!r}') from None
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", not {device!r}')
+    if where.type == "cuda" and not (where.index or 0) < torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices here; try device='auto'"
+        )
+    return where
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and torch's whole numbers, and arrays or lists of them, as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

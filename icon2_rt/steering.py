@@ -63,7 +63,7 @@ class Direction:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a direction needs a non-empty name, not {self.name!r}")
-        vectors = torch.as_tensor(self.vectors).detach().to("cpu", torch.float32)
+        vectors = torch.as_tensor(self.vectors, device="cpu").detach().to(torch.float32)
         if vectors.ndim != 2 or 0 in vectors.shape:
             raise ValueError(
                 f"direction {self.name!r}: vectors must be [n_layers, hidden_size], one row per decoder block; "
@@ -76,7 +76,7 @@ class Direction:
         if self.scale is None:
             scale = lengths.float()
         else:
-            scale = torch.as_tensor(self.scale).detach().to("cpu", torch.float32, copy=True)
+            scale = torch.as_tensor(self.scale, device="cpu").detach().to(torch.float32, copy=True)
             if scale.shape != (len(vectors),):
                 raise ValueError(
                     f"direction {self.name!r}: scale must have one number per block, [{len(vectors)}]; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -223,3 +225,97 @@ def test_the_coldest_temperature_is_greedy_and_colder_is_refused():
 
 def test_top_k_may_be_any_whole_number():
     assert resolve_sampling(None, {"top_k": 10**20}, vocab_size=128).top_k == 128
+
+
+# --- what surrounds a call -------------------------------------------------------------------------------------------
+
+
+def every_call(rt: Runtime, d: Direction) -> list:
+    pair = rt.generate_pairs(PROMPTS, positive=(2.0 * d).with_scope("all"), negative=None, **GREEDY)
+    sampled = rt.generate(PROMPTS, temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=3, max_new_tokens=4)
+    scored = rt.score(PROMPTS, PROMPTS, 1.0 * d[1:3])
+    states, dots = rt.hidden_states(PROMPTS), rt.project(PROMPTS, [d[1:3]])
+    extracted = rt.extract_direction(PROMPTS[:2], PROMPTS[2:4], "x").vectors
+    return [pair, sampled, scored, states.tolist(), dots.tolist(), extracted.tolist()]
+
+
+@contextmanager
+def default(setting) -> Iterator[None]:
+    """torch's default dtype or device, for a while."""
+    if isinstance(setting, torch.dtype):
+        torch.set_default_dtype(setting)
+    else:
+        torch.set_default_device(setting)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        torch.inference_mode,
+        torch.enable_grad,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: default(torch.float64),
+        lambda: default(torch.bfloat16),
+        lambda: default("meta"),  # stands for a GPU that is the default while the model is elsewhere
+    ],
+    ids=["inference_mode", "enable_grad", "autocast", "float64", "bfloat16", "device"],
+)
+def test_what_the_caller_has_set_in_torch_does_not_matter(surroundings):
+    rt, d = runtime(), direction()
+    expected = every_call(rt, d)
+    with surroundings():
+        assert every_call(rt, d) == expected
+        assert (0.5 * d[1:]).terms[0].alpha.dtype == d.ablated().terms[0].alpha.dtype == torch.float32
+    with torch.inference_mode():
+        made_inside = runtime()
+    assert every_call(made_inside, d) == expected
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_numpy_and_torch_whole_numbers_are_tokens_seeds_and_sample_ids():
+    rt = runtime()
+    options = {"temperature": 1.0, "max_new_tokens": 4}
+    [expected] = rt.generate(PROMPTS[:1], seed=[7], **options)
+    for prompt in ([np.int64(t) for t in PROMPTS[0]], np.array(PROMPTS[0]), torch.tensor(PROMPTS[0])):
+        for seed in ([np.uint64(7)], np.array([7]), torch.tensor([7])):
+            assert rt.generate([prompt], seed=seed, **options) == [expected]
+    assert rt.generate(PROMPTS, seed=np.int64(5), sample_ids=np.arange(5), **options) == rt.generate(
+        PROMPTS, seed=5, **options
+    )
+
+
+@pytest.mark.parametrize("call", ["generate", "hidden_states"])
+def test_no_list_of_prompts_is_refused_by_name(call):
+    for bad in (None, 3, (p for p in PROMPTS)):
+        with pytest.raises(TypeError, match="prompts"):
+            getattr(runtime(), call)(bad)
+
+
+def test_a_chat_that_the_template_refuses_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"prompts\[0\].*roles must alternate"):
+        runtime(tokenizer).generate([[{"role": "user", "content": "the"}]])
+
+
+def test_prompts_may_change_while_a_stream_is_open():
+    rt, prompts = runtime(max_rows=2), [list(p) for p in PROMPTS]
+    stream = rt.stream_pairs(prompts, positive=None, negative=None, **GREEDY)
+    next(stream)
+    prompts.clear()
+    assert [pair.prompt for pair in stream] == PROMPTS[1:]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "mps", "banana"])
+def test_a_device_that_is_not_there_leaves_the_model_alone(device):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="device"):
+        Runtime(model, device=device)
+    assert all(parameter.numel() for parameter in model.parameters())

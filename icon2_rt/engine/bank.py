@@ -17,7 +17,7 @@ class DirectionBank:
 
     def __init__(self, max_directions: int, max_terms: int, n_layers: int, hidden_size: int, device: torch.device):
         self.max_directions, self.max_terms = max_directions, max_terms
-        self.vectors = torch.zeros(max_directions, n_layers, hidden_size, device=device)
+        self.vectors = torch.zeros(max_directions, n_layers, hidden_size, dtype=torch.float32, device=device)
         self._slot: dict[str, int] = {}  # content key → slot, least recently pinned first
         self._pins: dict[str, int] = {}
 
@@ -86,13 +86,13 @@ class DirectionBank:
         active = torch.stack([s.active for _, s in distinct]).numpy()
         device = self.vectors.device
         k = max(s.n_terms for _, s in distinct)
-        index = torch.zeros(len(distinct), k, dtype=torch.int64)
-        alpha = torch.zeros(len(distinct), k, self.vectors.shape[1])
+        index = torch.zeros(len(distinct), k, dtype=torch.int64, device="cpu")
+        alpha = torch.zeros(len(distinct), k, self.vectors.shape[1], dtype=torch.float32, device="cpu")
         beta = torch.zeros_like(alpha)
         for n, (_, s) in enumerate(distinct):
-            index[n, : s.n_terms] = torch.tensor([self._slot[key] for key in s.keys])
+            index[n, : s.n_terms] = torch.tensor([self._slot[key] for key in s.keys], device="cpu")
             alpha[n, : s.n_terms], beta[n, : s.n_terms] = s.alpha, s.beta
-        keep_norm = torch.tensor([s.keep_norm for _, s in distinct])
+        keep_norm = torch.tensor([s.keep_norm for _, s in distinct], device="cpu")
         return RowSteering(
             bank=self.vectors,
             index=index.to(device),

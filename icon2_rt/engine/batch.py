@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.forward import Model, embed, finish, logits, rotary, run_blocks
+from icon2_rt.engine.forward import Model, computing, embed, finish, logits, rotary, run_blocks
 from icon2_rt.engine.kv import KVPages
 from icon2_rt.engine.rows import Row
 from icon2_rt.ops import AttentionItems, RowSampling
@@ -39,7 +39,7 @@ class Batch:
 
     def step(self) -> tuple[list[int], list[float]]:
         """Feed every row's token, sample the next one: tokens and their log-probabilities, in row order."""
-        with torch.inference_mode():
+        with computing(self.model):
             if not self._plan:
                 self._plan = self._lay_out()[::-1]
             plan = self._plan.pop()

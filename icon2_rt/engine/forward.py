@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
+
+
+@contextmanager
+def computing(model: Model) -> Iterator[None]:
+    """No gradients, and the model's own dtypes even inside somebody's autocast."""
+    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        yield
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.forward import Model, Observe, embed, finish, rotary, run_blocks
+from icon2_rt.engine.forward import Model, Observe, computing, embed, finish, rotary, run_blocks
 from icon2_rt.engine.kv import KVPages
 from icon2_rt.ops import RowSteering, Segment
 from icon2_rt.steering import CompiledSteering
@@ -94,7 +94,7 @@ def run_prefill(
             by_fork[job.fork].append(n)
     for fork, members in by_fork.items():
         for pack in _packs(jobs, members, chunk):
-            with torch.inference_mode():
+            with computing(model):
                 _run_pack(model, kv, bank, jobs, pack.pieces, fork, observe, outputs)
 
 
@@ -132,11 +132,11 @@ def _run_pack(
 
     def lay_out(copies: list[tuple[int, int, int, Copy]]) -> tuple[Tensor, Tensor, Callable[[int, Tensor], Tensor]]:
         """Positions, slots and attention of pieces (job, start, end) with the copy that they are computed for."""
-        positions = torch.cat([torch.arange(start, end) for _, start, end, _ in copies])
+        positions = torch.cat([_span(start, end) for _, start, end, _ in copies])
         slots, segments, begin = [], [], 0
         for _, start, end, copy in copies:
-            pages = torch.tensor(copy.pages[: kv.pages_for(end)])
-            at = torch.arange(start, end)
+            pages = torch.tensor(copy.pages[: kv.pages_for(end)], device="cpu")
+            at = _span(start, end)
             slots.append(pages[at // kv.page_size] * kv.page_size + at % kv.page_size)
             segments.append(Segment(begin, begin + end - start, start, pages.to(device)))
             begin += end - start
@@ -184,7 +184,7 @@ def _run_pack(
     for n, start, end in pieces:
         for copy in jobs[n].copies:
             forked.append((n, start, end, copy))
-            rows.append(torch.arange(begin, begin + end - start))
+            rows.append(_span(begin, begin + end - start))
         begin += end - start
     positions, slots, attend = lay_out(forked)
     run_blocks(
@@ -198,3 +198,7 @@ def _run_pack(
         steer(forked),
         kv_only=True,
     )
+
+
+def _span(start: int, end: int) -> Tensor:
+    return torch.arange(start, end, device="cpu")

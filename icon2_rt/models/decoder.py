@@ -190,7 +190,7 @@ def take_weights(model: PreTrainedModel, family: Family, device: torch.device, k
     def release(module: nn.Module) -> None:
         if not keep_model:
             for parameter in module.parameters():
-                parameter.data = torch.empty(0, dtype=parameter.dtype)
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     embedding = take(base.embed_tokens.weight)
     lm_head = embedding if model.config.tie_word_embeddings else take(model.get_output_embeddings().weight)

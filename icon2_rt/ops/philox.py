@@ -46,15 +46,20 @@ def row_seeds(seed: int, sample_ids: list[int], branches: list[int | None]) -> l
     for name, value in (("seed", seed), *(("sample id", i) for i in sample_ids)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} must be in [0, 2**64), not {value}")
-    ids = [(i & _MASK, i >> 32) for i in sample_ids]
-    counter = (
-        torch.tensor([low for low, _ in ids]),
-        torch.tensor([high for _, high in ids]),
-        torch.tensor([0 if b is None else b + 1 for b in branches]),
-        torch.tensor(0),
+    words = philox(
+        (
+            _words([i & _MASK for i in sample_ids]),
+            _words([i >> 32 for i in sample_ids]),
+            _words([0 if b is None else b + 1 for b in branches]),
+            _words([0]),
+        ),
+        (_words([seed & _MASK]), _words([seed >> 32])),
     )
-    words = philox(counter, (torch.tensor(seed & _MASK), torch.tensor(seed >> 32)))
     return [low | high << 32 for low, high in zip(words[0].tolist(), words[1].tolist(), strict=True)]
+
+
+def _words(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def exponential_noise(seeds: Tensor, index: Tensor, n_tokens: int) -> Tensor:
