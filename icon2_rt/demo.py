@@ -22,9 +22,9 @@ CONFIG: dict[str, Any] = {
     "runtime": {"threads": 1},  # a model this small gains nothing from a second thread
     "directions": {"features": 96},
     "instructions": {"draws": 192, "max_new_tokens": 48, "shard_size": 96},
-    "filter": {"scale": "zscore", "keep": 0.5},
+    "filter": {"scale": "contrast", "keep": 0.5},
     "pairs": {"max_new_tokens": 96, "shard_size": 32},
-    "calibration": {"doses": [0.05, 0.1, 0.15, 0.2], "instructions": 48},
+    "calibration": {"doses": [0.1, 0.15, 0.2, 0.25], "instructions": 48},
 }
 
 

@@ -123,13 +123,13 @@ def directions_table(
     health: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[int], took: str = ""
 ) -> RenderableType:
     keys = {
-        "contrast": "contrast ‖Δ‖/‖h‖",
+        "contrast": "largest ‖Δ‖/‖h‖",
         "cos_mean_difference": "cos(PC1, mean Δ)",
         "sign_agreement": "pairs that agree",
         "split_half_cosine": "split-half cos",
     }
     shown = [key for key in keys if all(key in figures for figures in health.values())]
-    rows = [[name, *(_mean_at(figures[key], layers, key) for key in shown)] for name, figures in health.items()]
+    rows = [[name, *(_figure(figures[key], layers, key) for key in shown)] for name, figures in health.items()]
     first, last = layers[0], layers[-1]
     return table(
         f"1. Directions{took}",
@@ -140,9 +140,11 @@ def directions_table(
     )
 
 
-def _mean_at(values: Sequence[float], layers: Sequence[int], key: str) -> str:
+def _figure(values: Sequence[float], layers: Sequence[int], key: str) -> str:
+    if key == "contrast":
+        return f"{max(values):.1%}"
     mean = fmean(values[i] for i in layers)
-    return f"{mean:.1%}" if key in ("contrast", "sign_agreement") else f"{mean:.3f}"
+    return f"{mean:.1%}" if key == "sign_agreement" else f"{mean:.3f}"
 
 
 def instructions_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
@@ -174,7 +176,12 @@ def consistency_table(summary: Mapping[str, Any]) -> RenderableType:
     body.add_column("median score", justify="right")
     for row in rows:
         body.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
-    caption = f"Scale: {figures['scale']}. c* is the criterion whose direction an instruction agrees with most."
+    what = {
+        "raw": "whose direction an instruction agrees with most (the paper's score)",
+        "zscore": "whose direction an instruction agrees with most, each criterion on its own scale",
+        "contrast": "whose two system prompts move an instruction most, relative to the other instructions",
+    }[figures["scale"]]
+    caption = f"Scale: {figures['scale']}. c* is the criterion {what}."
     return Group(
         heading("   Which criterion each instruction got"),
         Padding(body, (0, 0, 0, 2)),
@@ -261,7 +268,7 @@ def examples(records: Sequence[Mapping[str, Any]], count: int) -> RenderableType
         prompt = Text(record["prompt"][0]["content"])
         prompt.append(f"\n({record['criterion']})", style="dim")
         body.add_row(prompt, Text(record["chosen"][0]["content"]), Text(record["rejected"][0]["content"]))
-    return Group(heading("A few pairs side by side"), Padding(body, (0, 0, 0, 2)))
+    return Group(heading("A few pairs side by side (the first of each criterion)"), Padding(body, (0, 0, 0, 2)))
 
 
 def _spread(records: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
@@ -290,8 +297,10 @@ def judgement_table(judgement: Judgement) -> RenderableType:
         f"{judgement.known} of the {judgement.pairs} instructions are ones that the invented land knows. Where both "
         f"responses are well formed ({judgement.both} pairs), the chosen one is better in {judgement.better}, equal in "
         f"{judgement.ties}, worse in {judgement.worse}. c* names the criterion that an instruction is about in "
-        f"{judgement.fitting} of {judgement.specific} (one in three would be chance)."
+        f"{judgement.fitting} of {judgement.specific}; one in three would be chance."
     )
+    if 3 * judgement.fitting < judgement.specific:
+        caption += " So the consistency score does not choose well on this model; the steering works all the same."
     return table(
         "Afterwards, the oracle's opinion (the method never saw it)", ["", "chosen", "rejected"], rows, caption
     )

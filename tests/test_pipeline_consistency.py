@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -10,16 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from icon2_rt import Completion, Direction, DirectionSet
+from icon2_rt import Completion, Direction, DirectionSet, Runtime
 from icon2_rt.pipeline import consistency, health
 from icon2_rt.pipeline.config import FilterConfig, InstructionsConfig
+from icon2_rt.pipeline.criteria import Criterion
+from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.instructions import Instruction, clean, read_instructions, without_duplicates
+from icon2_rt.pipeline.loading import end_tokens
 from icon2_rt.pipeline.pairs import Strengths, first_difference, repetition
 from icon2_rt.pipeline.sampling import neutral, stage_seed
 from icon2_rt.pipeline.templates import chat_frame
+from icon2_rt.tiny import CRITERIA, oracle, path, world
 from tests.models import tiny_tokenizer
 
 NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def tiny():  # type: ignore[no-untyped-def]
+    rt = Runtime.from_pretrained(path())
+    return rt, chat_frame(rt.tokenizer, end_tokens(rt))
 
 
 def _projections(n: int = 40, seed: int = 0) -> torch.Tensor:
@@ -57,6 +68,49 @@ def test_zscore_does_not_see_scale_or_offset() -> None:
         consistency.judge(projected, NAMES, "zscore").best, consistency.judge(moved, NAMES, "zscore").best
     )
     assert set(consistency.judge(moved, NAMES).best.tolist()) == {0}  # raw is decided by the offset
+
+
+def test_contrast_is_relative_to_the_criterion_s_mean() -> None:
+    contrasts = _projections().abs()
+    scores = consistency.judge(contrasts, NAMES, "contrast").scores
+    for c in range(3):
+        column = [statistics.fmean(row[c]) for row in contrasts.tolist()]
+        expected = [value / statistics.fmean(column) for value in column]
+        assert scores[:, c].tolist() == pytest.approx(expected, abs=1e-5)
+    louder = contrasts * torch.tensor([7.0, 0.1, 1.0])[:, None]
+    assert torch.equal(
+        consistency.judge(louder, NAMES, "contrast").best, consistency.judge(contrasts, NAMES, "contrast").best
+    )
+
+
+def test_contrast_of_a_criterion_that_moves_nothing_is_zero() -> None:
+    contrasts = _projections().abs()
+    contrasts[:, 1] *= -1  # its prompts move the instructions against its own direction
+    verdict = consistency.judge(contrasts, NAMES, "contrast")
+    assert verdict.scores[:, 1].abs().max() == 0
+    assert verdict.histogram["b"] == 0
+
+
+def test_contrasts_read_an_instruction_under_both_system_prompts(tiny) -> None:  # type: ignore[no-untyped-def]
+    """Against the states themselves, and against the oracle of the tiny model's world: c* is what the text is about."""
+    rt, frame = tiny
+    criteria = {name: Criterion(*prompts) for name, prompts in CRITERIA.items() if name != "general"}
+    rng = random.Random(0)
+    texts = [world.sample_instruction(rng) for _ in range(40)]
+    instructions = [Instruction(i, getattr(text, "text", text)) for i, text in enumerate(texts)]
+    directions = extract(rt, frame, criteria, instructions[:20])
+    contrasts = consistency.contrasts(rt, frame, instructions, directions, criteria)
+    for c, d in enumerate(directions):
+        states = [
+            rt.hidden_states([frame.messages(item.text, system=system) for item in instructions])
+            for system in (criteria[d.name].positive, criteria[d.name].negative)
+        ]
+        expected = ((states[0] - states[1]) * d.vectors).sum(dim=-1)
+        torch.testing.assert_close(contrasts[:, c], expected, atol=1e-3, rtol=1e-4)
+    verdict = consistency.judge(contrasts, directions.names, "contrast")
+    about = [world.CRITERION_OF_KIND[oracle.judge(item.text, "").kind] for item in instructions]
+    right = sum(verdict.names[best] == kind for best, kind in zip(verdict.best.tolist(), about, strict=True))
+    assert right >= 36  # of 40
 
 
 def test_zscore_of_a_block_without_spread_is_zero() -> None:
@@ -223,15 +277,15 @@ def test_doses_and_norms() -> None:
 
 def test_weak_and_strong_contrast() -> None:
     def direction(name: str, contrast: float) -> Direction:
-        return Direction(name, torch.eye(4)[:3], health={"contrast": [9.0, contrast, contrast]})
+        return Direction(name, torch.eye(4)[:3], health={"contrast": [0.01, contrast, 0.02]})
 
-    found = health.direction_warnings(DirectionSet([direction("weak", 0.04), direction("strong", 0.3)]), (1, 2), "m")
+    found = health.direction_warnings(DirectionSet([direction("weak", 0.04), direction("strong", 0.3)]), "m")
     assert len(found) == 1
     assert found[0].startswith("weak")
     foreign = DirectionSet([Direction("a", torch.eye(4)[:3], model="other", model_name="llama")])
-    [warning] = health.direction_warnings(foreign, (1, 2), "m")
+    [warning] = health.direction_warnings(foreign, "m")
     assert "made on another model (llama)" in warning
-    assert health.direction_warnings(foreign, (1, 2), "other") == []
+    assert health.direction_warnings(foreign, "other") == []
     cosines = health.similarities(DirectionSet([direction("a", 1), direction("b", 1)]))
     assert cosines == [[1.0, 1.0], [1.0, 1.0]]
 

@@ -117,7 +117,7 @@ class FilterConfig:
     """Step 2, consistency. ``keep`` is the share of the clean instructions that is kept (paper: 10 %); ``margin`` the
     least distance between the best criterion's score and the second's."""
 
-    scale: Literal["raw", "zscore"] = option("raw")
+    scale: Literal["raw", "zscore", "contrast"] = option("raw")
     keep: float = option(0.1, above(0), at_most(1))
     margin: float | None = option(None, at_least(0))
 
@@ -294,6 +294,10 @@ def _contradictions(config: RunConfig) -> list[str]:
             errors.append("criteria: leave them out, directions.file brings its own")
         if config.calibration is not None:
             errors.append("calibration: needs the criteria's system prompts, which directions.file does not bring")
+        if config.filter.scale == "contrast":
+            errors.append(
+                "filter.scale: contrast needs the criteria's system prompts, which directions.file does not bring"
+            )
         errors += _without_effect(config.directions, "directions", ("method", "features", "features_file"))
     if config.instructions.file is not None:
         errors += _without_effect(

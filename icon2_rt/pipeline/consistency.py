@@ -3,14 +3,16 @@
 The score of instruction d under criterion c is the mean over all blocks of ⟨h(d), u_c⟩, h(d) being the state at the
 last token of the chat that holds d alone. ``raw`` takes it as it is, which is the paper's choice; late blocks, where
 states are long, and each direction's constant offset then decide most of it. ``zscore`` first brings every (criterion,
-block) to mean 0 and deviation 1 over all instructions of the run.
+block) to mean 0 and deviation 1 over all instructions of the run. ``contrast``, ours, asks another question: how
+strongly does *this* instruction react to the criterion's two system prompts? It takes ⟨h⁺(d) - h⁻(d), u_c⟩ in place of
+⟨h(d), u_c⟩, and divides by the criterion's mean over all instructions of the run.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,11 +20,12 @@ import torch
 from torch import Tensor
 
 from icon2_rt.pipeline.config import FilterConfig
+from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
-    from icon2_rt import DirectionSet, Runtime
+    from icon2_rt import Direction, DirectionSet, Runtime
 
 # One criterion taking more than this share of all instructions is reported as degenerate: the choice says little then.
 DEGENERATE_SHARE = 0.9
@@ -58,8 +61,24 @@ def projections(rt: Runtime, frame: ChatFrame, instructions: Sequence[Instructio
     return rt.project([frame.messages(instruction.text) for instruction in instructions], directions)
 
 
+def contrasts(
+    rt: Runtime,
+    frame: ChatFrame,
+    instructions: Sequence[Instruction],
+    directions: DirectionSet,
+    criteria: Mapping[str, Criterion],
+) -> Tensor:
+    """⟨h⁺(d) - h⁻(d), u_c⟩ under each criterion's own two system prompts: fp32 ``[n, m, n_layers]`` on the CPU."""
+
+    def under(system: str, direction: Direction) -> Tensor:
+        return rt.project([frame.messages(item.text, system=system) for item in instructions], [direction])[:, 0]
+
+    found = [under(criteria[d.name].positive, d) - under(criteria[d.name].negative, d) for d in directions]
+    return torch.stack(found, dim=1)
+
+
 def judge(projected: Tensor, names: Sequence[str], scale: str = "raw") -> Consistency:
-    """Scores, c* and margins from projections ``[n, m, n_layers]``.
+    """Scores, c* and margins from projections (for "contrast", from contrasts) ``[n, m, n_layers]``.
 
     Raises:
         ValueError: another shape, no instruction, NaN, or an unknown scale.
@@ -77,9 +96,13 @@ def judge(projected: Tensor, names: Sequence[str], scale: str = "raw") -> Consis
         deviation = values.std(dim=0, unbiased=False)
         # A block without a direction, or a single instruction, has no spread: it then says nothing, for anyone.
         values = (values - values.mean(dim=0)) / torch.where(deviation > 0, deviation, math.inf)
-    elif scale != "raw":
-        raise ValueError(f"scale must be 'raw' or 'zscore', not {scale!r}")
+    elif scale not in ("raw", "contrast"):
+        raise ValueError(f"scale must be 'raw', 'zscore' or 'contrast', not {scale!r}")
     scores = values.mean(dim=2)
+    if scale == "contrast":
+        # A criterion whose prompts do not move the instructions along its direction on average has nothing to say.
+        typical = scores.mean(dim=0)
+        scores = scores / torch.where(typical > 0, typical, math.inf)
     top = scores.topk(min(2, len(names)), dim=1).values
     margin = top[:, 0] - top[:, 1] if len(names) > 1 else torch.full((len(scores),), math.inf, dtype=torch.double)
     score, best = scores.max(dim=1)

@@ -141,6 +141,9 @@ def instructions(job: Job, directions: Artifact, direction_set: DirectionSet) ->
     else:
         first = job.config.directions.features  # the draws before it are the feature instructions
         work = range(first, first + config.draws)
+    room = job.room
+    if job.config.filter.scale == "contrast":  # they are read under the system prompts too
+        room -= system_tokens(job.rt, job.frame, job.config.resolved_criteria())
     artifacts: list[Artifact] = []
     found: list[Instruction] = []
     projections: list[Tensor] = []
@@ -152,12 +155,12 @@ def instructions(job: Job, directions: Artifact, direction_set: DirectionSet) ->
         if artifact is None:
             shard: Sequence[Any] = work[start : start + config.shard_size]
             if config.file is not None:
-                drawn, counts = _those_that_fit(job, shard, job.room)
+                drawn, counts = _those_that_fit(job, shard, room)
             else:
-                drawn, counts = synthesise(job.rt, job.frame, shard, config, job.config.seed, job.room)
+                drawn, counts = synthesise(job.rt, job.frame, shard, config, job.config.seed, room)
             projected = torch.empty(0, len(direction_set), job.rt.spec.n_layers)
             if drawn:
-                projected = consistency.projections(job.rt, job.frame, drawn, direction_set)
+                projected = _project(job, drawn, direction_set)
             files = {f"{stem}.jsonl": to_lines(drawn), f"{stem}.safetensors": _tensor_bytes(projected)}
             facts = {"counts": _counts(counts, len(drawn))}
             artifact = job.folder.write(name, files, inputs=[directions], facts=facts)
@@ -167,6 +170,14 @@ def instructions(job: Job, directions: Artifact, direction_set: DirectionSet) ->
     job.watch("instructions", len(work), len(work))
     criteria = [given.get(instruction.id, {}).get("criterion") for instruction in found]
     return artifacts, Scored(found, torch.cat(projections), criteria)
+
+
+def _project(job: Job, instructions: Sequence[Instruction], direction_set: DirectionSet) -> Tensor:
+    """What the filter's scale judges by: ``[n, m, n_layers]``."""
+    if job.config.filter.scale == "contrast":
+        criteria = job.config.resolved_criteria()
+        return consistency.contrasts(job.rt, job.frame, instructions, direction_set, criteria)
+    return consistency.projections(job.rt, job.frame, instructions, direction_set)
 
 
 def _those_that_fit(job: Job, given: Sequence[Instruction], room: int) -> tuple[list[Instruction], Counter[str]]:
@@ -276,7 +287,7 @@ def strengths(
 
 def _with_criteria(job: Job, sample: Sequence[Instruction], direction_set: DirectionSet) -> list[Kept]:
     """Instructions with the criterion that the run's own filter would give them."""
-    projected = consistency.projections(job.rt, job.frame, sample, direction_set)
+    projected = _project(job, sample, direction_set)
     verdict = consistency.judge(projected, direction_set.names, job.config.filter.scale)
     return [_kept(instruction, verdict, row) for row, instruction in enumerate(sample)]
 
