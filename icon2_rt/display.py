@@ -135,8 +135,8 @@ def directions_table(
         f"1. Directions{took}",
         ["criterion", *(keys[key] for key in shown)],
         rows,
-        f"Means over blocks {first} to {last} (0-based). A contrast under 10 % would mean that the two "
-        f"system prompts hardly change the model, however good the cosines look.",
+        f"‖Δ‖/‖h‖: how far the two system prompts move the state, at the block where it is most; under 10 % the model "
+        f"hardly heeds them, however good the rest looks. The rest: means over blocks {first} to {last} (0-based).",
     )
 
 
@@ -300,7 +300,7 @@ def judgement_table(judgement: Judgement) -> RenderableType:
         f"{judgement.fitting} of {judgement.specific}; one in three would be chance."
     )
     if 3 * judgement.fitting < judgement.specific:
-        caption += " So the consistency score does not choose well on this model; the steering works all the same."
+        caption += " So the consistency score does not choose well on this model."
     return table(
         "Afterwards, the oracle's opinion (the method never saw it)", ["", "chosen", "rejected"], rows, caption
     )

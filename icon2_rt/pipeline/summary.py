@@ -29,7 +29,7 @@ def summarise(
     ]
     pairs = health.pair_health(figures)
     warnings = [
-        *health.direction_warnings(direction_set, job.layers, job.rt.fingerprint),
+        *health.direction_warnings(direction_set, job.rt.fingerprint),
         *kept.facts["warnings"],
         *strengths.facts.get("calibration", {}).get("notes", ()),
         *health.pair_warnings(pairs),
