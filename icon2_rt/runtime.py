@@ -116,10 +116,17 @@ class Runtime:
         }
         config = AutoConfig.from_pretrained(path, **shared)
         for architecture in config.architectures or [type(config).__name__]:
-            models.find_family(architecture)  # before gigabytes are read
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            models.find_family(architecture)  # before gigabytes are read, as all that follows
+        EngineOptions(**{k: v for k, v in own.items() if k != "keep_model"})
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"no tokenizer could be loaded from {str(path)!r}: pass tokenizer=..., or load the model with "
+                    f"transformers and use Runtime(model), whose prompts are token ids. ({error})"
+                ) from error
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         return cls(model, tokenizer, device=device, backend=backend, **own)
 
     # ---------------------------------------------------------------- facts
@@ -312,7 +319,7 @@ class Runtime:
         budget = options.budget(n_prompt, room)
         if not asked:  # a default or the model's own config: what fits
             budget = min(budget, room - n_prompt)
-        if budget < 1:
+        if budget < 1 or n_prompt >= room:
             raise ValueError(
                 f"prompts[{n}]: {n_prompt} tokens leave no room to generate (the model has {room} positions"
                 + (f", max_length={options.max_length})" if options.max_length else ")")

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from icon2_rt import Direction, Runtime, Steering, Term
 from icon2_rt.engine import resolve_sampling
@@ -319,3 +319,12 @@ def test_a_device_that_is_not_there_leaves_the_model_alone(device):
     with pytest.raises(ValueError, match="device"):
         Runtime(model, device=device)
     assert all(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_is_missing_is_told_before_the_weights_are_read(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights read"))
+    with pytest.raises(ValueError, match=r"Runtime\(model\)"):
+        Runtime.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_rows"):
+        Runtime.from_pretrained(tmp_path, tokenizer=tiny_tokenizer(), max_rows=0)
