@@ -56,12 +56,14 @@ def grouped_decode_attention(
     if items.merge is None:
         out, _ = attend(q.view(n, kv_heads, group, d), k, v, items.mask, scale)
         return out.reshape(batch, heads * d)
-    q = q[items.rows].view(n, r, kv_heads, group, d).transpose(1, 2).reshape(n, kv_heads, r * group, d)
+    q = q.index_select(0, items.rows.view(-1)).view(n, r, kv_heads, group, d)
+    q = q.transpose(1, 2).reshape(n, kv_heads, r * group, d)
     out, lse = attend(q, k, v, items.mask, scale)
-    out = out.reshape(n, kv_heads, r, group, d).transpose(1, 2).reshape(n * r, heads, d)[items.merge]
-    lse = lse.reshape(n, kv_heads, r, group).transpose(1, 2).reshape(n * r, heads)[items.merge]
-    weight = (lse + items.merge_mask).softmax(dim=1)  # [batch, M, H]
-    return (weight[..., None] * out).sum(dim=1).to(q.dtype).view(batch, heads * d)
+    parts = items.merge.view(-1)
+    out = out.reshape(n, kv_heads, r, group, d).transpose(1, 2).reshape(n * r, heads, d).index_select(0, parts)
+    lse = lse.reshape(n, kv_heads, r, group).transpose(1, 2).reshape(n * r, heads).index_select(0, parts)
+    weight = (lse.view(batch, -1, heads) + items.merge_mask).softmax(dim=1)  # [batch, M, H]
+    return (weight[..., None] * out.view(batch, -1, heads, d)).sum(dim=1).to(q.dtype).view(batch, heads * d)
 
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
