@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -177,8 +177,7 @@ class Runtime:
             steering: one for all prompts, or a list with one per prompt; None = unsteered.
             options: see :meth:`generate_branches`.
         """
-        outputs = self.generate_branches(prompts, [steering], **options)
-        return [output.branches[0] for output in outputs]
+        return [output.branches[0] for output in _in_order(self._stream(prompts, {"steering": steering}, **options))]
 
     def generate_branches(
         self,
@@ -211,18 +210,23 @@ class Runtime:
         Raises:
             TypeError, ValueError: before any work; the message names the argument and what would be right.
         """
+        if isinstance(branches, Steering | Direction | str) or not isinstance(branches, Sequence) or not branches:
+            raise TypeError(
+                "branches is a non-empty list: one steering (or None, or a list with one per prompt) per branch"
+            )
+        named_branches = {f"branches[{k}]": branch for k, branch in enumerate(branches)}
         outputs = self._stream(
-            prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
-            generation_config=generation_config, progress=progress, sampling=sampling,
+            prompts, named_branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
+            generation_config=generation_config, progress=progress, **sampling,
         )  # fmt: skip
-        return sorted(outputs, key=lambda output: output.index)
+        return _in_order(outputs)
 
     def generate_pairs(
         self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
     ) -> list[PairedOutput]:
         """A positive and a negative branch of every prompt, in one pass. Options as in :meth:`generate_branches`."""
-        outputs = self.generate_branches(prompts, [positive, negative], **options)
-        return [PairedOutput(o.index, o.prompt, *o.branches) for o in outputs]
+        outputs = self._stream(prompts, {"positive": positive, "negative": negative}, **options)
+        return [PairedOutput(o.index, o.prompt, *o.branches) for o in _in_order(outputs)]
 
     def stream_pairs(
         self,
@@ -243,25 +247,25 @@ class Runtime:
         Arguments are checked at the call, not at the first pair.
         """
         outputs = self._stream(
-            prompts, [positive, negative], prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
-            generation_config=generation_config, progress=progress, sampling=sampling,
+            prompts, {"positive": positive, "negative": negative}, prefix=prefix, seed=seed, noise=noise,
+            sample_ids=sample_ids, generation_config=generation_config, progress=progress, **sampling,
         )  # fmt: skip
         return (PairedOutput(o.index, o.prompt, *o.branches) for o in outputs)
 
     def _stream(
         self,
         prompts: Sequence[Prompt],
-        branches: Sequence[Steerings],
+        branches: Mapping[str, Steerings],
         *,
-        prefix: Prefix | None,
-        seed: int | Sequence[int] | None,
-        noise: Noise,
-        sample_ids: Sequence[int] | None,
-        generation_config: GenerationConfig | None,
-        progress: bool,
-        sampling: dict[str, Any],
+        prefix: Prefix | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Noise = "independent",
+        sample_ids: Sequence[int] | None = None,
+        generation_config: GenerationConfig | None = None,
+        progress: bool = False,
+        **sampling: Any,
     ) -> Iterator[BranchedOutput]:
-        """Check everything, then return the iterator that does the work."""
+        """Check everything, then return the iterator that does the work. ``branches`` by the argument that each is."""
         options = resolve_sampling(
             generation_config if generation_config is not None else self.generation_config,
             sampling,
@@ -370,12 +374,8 @@ class Runtime:
             rows = row_seeds(base, [i for i, _ in places], [k for _, k in places])
         return list(rows) if options.do_sample else [None] * len(rows)
 
-    def _steerings(self, branches: Sequence[Steerings], n_prompts: int) -> list[list[CompiledSteering | None]]:
+    def _steerings(self, branches: Mapping[str, Steerings], n_prompts: int) -> list[list[CompiledSteering | None]]:
         """Per branch, the compiled steering of every prompt."""
-        if isinstance(branches, Steering | Direction) or not isinstance(branches, Sequence) or not branches:
-            raise TypeError(
-                "branches is a non-empty list: one steering (or None, or a list with one per prompt) per branch"
-            )
         compiled: dict[int, CompiledSteering | None] = {}
 
         def compile_one(steering: Steering | None, where: str) -> CompiledSteering | None:
@@ -389,13 +389,15 @@ class Runtime:
             return compiled[id(steering)]
 
         out = []
-        for k, branch in enumerate(branches):
-            per_prompt = branch if isinstance(branch, Sequence) else [branch] * n_prompts
+        for name, branch in branches.items():
+            per_prompt = (
+                branch if isinstance(branch, Sequence) and not isinstance(branch, str) else [branch] * n_prompts
+            )
             if len(per_prompt) != n_prompts:
                 raise ValueError(
-                    f"branch {k}: {len(per_prompt)} steerings for {n_prompts} prompts: one for all, or one for each"
+                    f"{name}: {len(per_prompt)} steerings for {n_prompts} prompts: one for all, or one for each"
                 )
-            out.append([compile_one(s, f"branch {k}") for s in per_prompt])
+            out.append([compile_one(s, name) for s in per_prompt])
         return out
 
     def check_model(self, direction: Direction) -> None:
@@ -445,7 +447,7 @@ class Runtime:
         check_is_list(completions, "completions")
         if len(completions) != len(encoded):
             raise ValueError(f"{len(completions)} completions for {len(encoded)} prompts: one for each")
-        [steerings] = self._steerings([steering], len(encoded))
+        [steerings] = self._steerings({"steering": steering}, len(encoded))
         sequences = []
         for n, (ids, completion, compiled) in enumerate(zip(encoded, completions, steerings, strict=True)):
             try:
@@ -651,6 +653,10 @@ class Prefix:
 _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
 )  # fmt: skip
+
+
+def _in_order(outputs: Iterable[BranchedOutput]) -> list[BranchedOutput]:
+    return sorted(outputs, key=lambda output: output.index)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -328,3 +328,15 @@ def test_what_is_missing_is_told_before_the_weights_are_read(tmp_path, monkeypat
         Runtime.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="max_rows"):
         Runtime.from_pretrained(tmp_path, tokenizer=tiny_tokenizer(), max_rows=0)
+
+
+def test_an_error_names_the_argument_of_the_call():
+    rt, bad = runtime(), direction()
+    for name, call in {
+        "steering": lambda: rt.generate(PROMPTS, bad),
+        "positive": lambda: rt.generate_pairs(PROMPTS, positive=bad, negative=None),
+        "negative": lambda: rt.stream_pairs(PROMPTS, positive=None, negative=[None]),
+        r"branches\[1\]": lambda: rt.generate_branches(PROMPTS, [None, bad]),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            call()
