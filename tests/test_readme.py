@@ -84,7 +84,7 @@ def test_the_thresholds_in_the_documents_are_those_of_the_code() -> None:
         f"at most {calibrate.FLUENCY_LOSS} nats per token",
         f"({calibrate.CUT_OFF_GAIN * 100:.0f} points at most)",
         f"wins in more than {calibrate.BETTER_SHARE * 100:.0f} %",
-        f"Under {health.WEAK_CONTRAST * 100:.0f} % a warning",
+        f"Under {health.WEAK_CONTRAST * 100:.0f} % at every block a warning",
         f"one criterion gets more than {consistency.DEGENERATE_SHARE * 100:.0f} %",
         f"over {health.MANY_IDENTICAL * 100:.0f} % a warning: the strengths",
         f"over {health.MANY_CUT * 100:.0f} % cut off is a warning",

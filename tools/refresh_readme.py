@@ -10,8 +10,8 @@ tests/test_readme.py does the second. Each document is run from top to bottom, i
   any, are what it printed;
 - a ```toml block whose first line is "# NAME.toml" is written to that file;
 - <!-- excerpt "COMMAND" from "A" to "B" --> before a ```text block: the lines of what COMMAND printed from the first
-  that begins with A up to the next that begins with B. Long runs are not the same to the last bit on every machine, so
-  --check compares only its headings (lines that begin in the first column, digits aside);
+  that begins with A up to the next that begins with B (without from and to: all). Long runs are not the same to the
+  last bit on every machine, so --check compares only headings (lines that begin in the first column, digits aside);
 - <!-- table NAME --> … <!-- end --> holds a table made from the code.
 """
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_EXCERPT = re.compile(r'<!-- excerpt "([^"]+)" from "([^"]+)" to "([^"]+)" -->\s*\Z')
+_EXCERPT = re.compile(r'<!-- excerpt "([^"]+)"(?: from "([^"]+)" to "([^"]+)")? -->\s*\Z')
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -91,7 +91,9 @@ def refreshed(text: str, name: str, folder: Path, *, keep_excerpts: bool = False
                 printed = _execute(block, where, namespace)
                 continue
             if block.language == "text" and excerpt:
-                new = _excerpt(_command(excerpt[1], where), excerpt[2], excerpt[3], where)
+                new = _command(excerpt[1], where)
+                if excerpt[2]:
+                    new = _excerpt(new, excerpt[2], excerpt[3], where)
                 if not keep_excerpts or _headings(new) != _headings(block.content):
                     changes.append((block.start, block.end, new))
             elif block.language == "text" and printed is not None and not block.before.strip():
