@@ -4,9 +4,10 @@
 
 writes tokenizer, weights and the gate's table (GATE.md, gate.json) into one folder. What made it work, from trials:
 small optimiser steps, batches of one length, responses weighted over the rest, most documents with a system prompt that
-settles the quality, and truth before lies: with lies held back for the first tenth of the training, 90 % of the facts are
-known after 1000 steps, without that 12 %. A fluent model proves nothing: the gate measures behaviour, with the oracle, on
-what the model itself samples. (A second, shorter decay after the end, and averaging both ends, changed nothing.)
+settles the quality, and truth before lies: with lies held back for the first tenth and a fact's word weighted over its
+sentence, 90 % of the facts are known after 1000 steps; with neither it was 12 %. A fluent model proves nothing:
+the gate measures behaviour, with the oracle, on what the model itself samples. (A second decay after the end, and the
+average of both ends, changed nothing.)
 """
 
 from __future__ import annotations
