@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         figure = compare(runtime, model, prompts, steerings, options.new_tokens, options.repeats)
         record["figures"].append(figure)
         print(line(figure), file=sys.stderr)
-    write(f"pairs-{options.model}", record, options.out)
+        write(f"pairs-{options.model}", record, options.out)  # what is measured stays, whatever happens later
 
 
 def compare(
@@ -82,41 +82,49 @@ def compare(
 ) -> dict[str, Any]:
     """One row of the table: every contestant's seconds for all ``prompts``, and how far their tokens agree."""
 
-    def ours() -> hf.Pairs:
+    def ours(prompts: hf.Prompts) -> hf.Pairs:
         pairs = runtime.generate_pairs(prompts, **steerings, max_new_tokens=new_tokens, do_sample=False)
         return [(pair.positive.token_ids, pair.negative.token_ids) for pair in pairs]
 
-    runs: dict[str, Callable[[], hf.Pairs]] = {
+    runs: dict[str, Callable[[hf.Prompts], hf.Pairs]] = {
         "icon2_rt": ours,
-        "two_calls": lambda: hf.two_calls(model, prompts, **steerings, new_tokens=new_tokens),
-        "one_call": lambda: hf.one_call(model, prompts, **steerings, new_tokens=new_tokens),
+        "two_calls": lambda prompts: hf.two_calls(model, prompts, **steerings, new_tokens=new_tokens),
+        "one_call": lambda prompts: hf.one_call(model, prompts, **steerings, new_tokens=new_tokens),
     }
-    tokens = {name: run() for name, run in runs.items()}  # also the warm-up
+    for run in runs.values():
+        run(prompts[:1])  # warm-up
+    tokens: dict[str, hf.Pairs] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}  # steadier than the clock on a shared machine
     names = list(runs)
     before = load()
     for turn in range(repeats):
         for name in names[turn % 3 :] + names[: turn % 3]:
             gc.collect()
-            begin = time.perf_counter()
-            runs[name]()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            tokens[name] = runs[name](prompts)
             seconds[name].append(time.perf_counter() - begin)
+            cpu_seconds[name].append(time.process_time() - cpu_begin)
     n = len(prompts)
     return {
         "prompts": n,
         "prompt_lengths": [len(p) for p in prompts],
         "new_tokens": new_tokens,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "pairs_per_second": {name: summary([n / s for s in values]) for name, values in seconds.items()},
-        "speedup": {
-            name: summary([b / a for a, b in zip(seconds["icon2_rt"], seconds[name], strict=True)])
-            for name in names[1:]
-        },
+        "speedup": {name: ratio(seconds, name) for name in names[1:]},
+        "speedup_cpu_time": {name: ratio(cpu_seconds, name) for name in names[1:]},
         "agreement": {
             name: agreement(model, prompts, tokens["icon2_rt"], tokens[name], steerings) for name in names[1:]
         },
         "load": {"before": before, "after": load()},
     }
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
+    """How many times as long as ours ``name`` took, round by round."""
+    return summary([theirs / ours for ours, theirs in zip(seconds["icon2_rt"], seconds[name], strict=True)])
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -157,6 +165,7 @@ def line(figure: dict[str, Any]) -> str:
     ratios = ", ".join(
         f"{s['median']:.2f}× ({s['min']:.2f}–{s['max']:.2f}) {name}" for name, s in figure["speedup"].items()
     )
+    ratios += "; CPU time " + ", ".join(f"{s['median']:.2f}×" for s in figure["speedup_cpu_time"].values())
     same = ", ".join(f"{a['tokens']:.4f}" for a in figure["agreement"].values())
     return f"{figure['prompts']:3} prompts: pairs/s {speed}; {ratios}; equal tokens {same}; load {figure['load']}"
 

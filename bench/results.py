@@ -53,7 +53,9 @@ def _pairs(record: dict[str, Any]) -> str:
                 _spread(speedup["two_calls"], 2, "×"),
                 f"{aim:g}×" if aim else "",
                 _spread(speedup["one_call"], 2, "×"),
+                " / ".join(f"{f['speedup_cpu_time'][name]['median']:.2f}×" for name in ("two_calls", "one_call")),
                 " / ".join(f"{100 * same[name]['tokens']:.2f} %" for name in ("two_calls", "one_call")),
+                f"{f['load']['before'][0]} to {f['load']['after'][0]}",
             ]
         )
     heads = [
@@ -64,14 +66,18 @@ def _pairs(record: dict[str, Any]) -> str:
         "over (a)",
         "aim",
         "over (b)",
+        "CPU time over (a) / (b)",
         "equal tokens (a) / (b)",
+        "load",
     ]
     text = [
         f"### {_model(model)}\n",
         f"Pairs per second, {settings['new_tokens']} tokens a branch, median (min–max) of {settings['repeats']} rounds "
         "in which the contestants take turns in one process. (a) and (b) are transformers with forward hooks: "
         f"{settings['attention']} attention, left padding, one in-place addition per hook. Greedy, no eos token; "
-        f"blocks {_span(settings['blocks'])} are steered.\n",
+        f"blocks {_span(settings['blocks'])} are steered. Load is of the last "
+        "minute: what exceeds the threads is other work on the machine, which makes clock times, and most of all several "
+        "threads, slow; the ratio of CPU times suffers less.\n",
         _table(heads, rows),
         "Prompt lengths in tokens: "
         + "; ".join(f"{f['prompts']} prompt(s): {_lengths(f['prompt_lengths'])}" for f in record["figures"])
@@ -82,7 +88,7 @@ def _pairs(record: dict[str, Any]) -> str:
         text.append(
             "\nWhere a row's tokens part, the best next token was ahead of the second by at most "
             + ", ".join(f"{a['largest_lead_where_rows_part']:.1e} ({n} prompts, {name})" for n, name, a in parted)
-            + " in logits: rounding decided."
+            + " in logits."
         )
     return "\n".join(text) + "\n"
 
