@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import Literal, SupportsIndex
@@ -396,7 +397,14 @@ class CompiledSteering:
         """The lowest block (0-based) after which something happens."""
         return int(self.active.nonzero()[0])
 
-    @property
+    @cached_property
+    def effects(self) -> tuple[object, ...]:
+        """What happens after each block, None for nothing: equal entries do the same; hashable."""
+        blocks = zip(self.alpha.T.tolist(), self.beta.T.tolist(), strict=True)
+        acting = (tuple((k, a, b) for k, a, b in zip(self.keys, *block, strict=True) if a or b) for block in blocks)
+        return tuple((self.keep_norm, terms) if terms else None for terms in acting)
+
+    @cached_property
     def identity(self) -> tuple[object, ...]:
         """Equal for two steerings that do the same; hashable."""
         alpha, beta = self.alpha.numpy().tobytes(), self.beta.numpy().tobytes()

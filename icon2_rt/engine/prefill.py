@@ -58,17 +58,8 @@ def fork_layer(steerings: Sequence[CompiledSteering | None], n_layers: int) -> i
 
     A difference after the last block changes no KV.
     """
-
-    def at(steering: CompiledSteering | None, layer: int) -> object:
-        if steering is None or not bool(steering.active[layer]):
-            return None
-        terms = zip(steering.keys, steering.alpha[:, layer].tolist(), steering.beta[:, layer].tolist(), strict=True)
-        return (steering.keep_norm, tuple((k, a, b) for k, a, b in terms if a or b))
-
-    for layer in range(n_layers - 1):
-        if len({at(s, layer) for s in steerings}) > 1:
-            return layer
-    return None
+    effects = [s.effects if s is not None else (None,) * n_layers for s in dict.fromkeys(steerings)]
+    return next((layer for layer in range(n_layers - 1) if len({e[layer] for e in effects}) > 1), None)
 
 
 def run_prefill(
