@@ -130,7 +130,7 @@ def test_a_table_is_made_from_the_code(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("```python\n\n1 / 0\n```", r'"it, line 2", line 3.*ZeroDivisionError'),
         ("```console\n$ icon2 sing\n```", "icon2 sing ends with 2"),
-        ("```console\n$ make sandwich\n```", "make .*sandwich ends with 2"),
+        ("```console\n$ make sandwich\n```", "make sandwich ends with 2"),
         ("```console\n$ rm -r everything\n```", "no rule"),
         ("```console\n$ pip install -c none.txt .\n```", "no none.txt"),
         ('```console\n$ pip install "icon2_rt[sauce]"\n```', "no extra"),

@@ -24,6 +24,7 @@ import difflib
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def _console(block: Block, where: str) -> str:
         match = re.match(r"((?:.*\\\n)*.*\n)", part)
         assert match
         shown = part[match.end() :]
-        printed = _command(match[1].replace("\\\n", " "), where)
+        printed = _command(match[1].replace("\\\n", " ").strip(), where)
         out += f"$ {match[1]}{printed if shown else ''}"
     return out
 
@@ -147,27 +148,30 @@ def _command(command: str, where: str) -> str:
     words = shlex.split(command, comments=True)
     program = words[0]
     if program == "icon2":
-        return _icon2(words, where)
+        from icon2_rt import cli
+
+        return _in_this_process(words, cli.main, where)
     if program == "python" and words[1].startswith("tools/"):
-        return _run([sys.executable, *words[1:]], where)
+        return _in_this_process(words[1:], lambda: runpy.run_path(words[1], run_name="__main__"), where)
     if program == "make":
-        return _run(["make", "-n", "-C", str(ROOT), *words[1:]], where) and ""
+        done = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Failed(f"{where}: {command} ends with {done.returncode}\n{done.stderr}")
+        return ""
     if words[:2] == ["pip", "install"]:
         _check_install(words[2:], where)
         return ""
     raise Failed(f"{where}: no rule says how to run or check {command!r}; see tools/refresh_readme.py")
 
 
-def _icon2(words: list[str], where: str) -> str:
-    """In this process: starting another for every command would cost most of the time."""
-    from icon2_rt import cli
-
+def _in_this_process(words: list[str], start: Callable[[], object], where: str) -> str:
+    """What a program prints: starting another process for every command would cost most of the time."""
     output, errors = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, words
     code: Any = 0
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            cli.main()
+            start()
     except SystemExit as end:
         code = end.code
     finally:
@@ -175,13 +179,6 @@ def _icon2(words: list[str], where: str) -> str:
     if code:
         raise Failed(f"{where}: {shlex.join(words)} ends with {code}\n{output.getvalue()}{errors.getvalue()}")
     return _tidy(output.getvalue())
-
-
-def _run(words: list[str], where: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failed(f"{where}: {shlex.join(words)} ends with {done.returncode}\n{done.stdout}{done.stderr}")
-    return _tidy(done.stdout)
 
 
 def _check_install(words: list[str], where: str) -> None:
