@@ -138,9 +138,9 @@ def instructions(
 ) -> None:
     """Step 2 without the filter: instructions that the model writes for itself."""
     from icon2_rt import display
+    from icon2_rt.atomic import write_atomic
     from icon2_rt.pipeline import single
     from icon2_rt.pipeline.config import RunConfig
-    from icon2_rt.pipeline.files import write_atomic
 
     settings = RunConfig.from_dict(
         {

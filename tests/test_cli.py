@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from icon2_rt import DirectionSet, cli, doctor
-from icon2_rt.pipeline import files
+from icon2_rt import DirectionSet, atomic, cli, doctor
 from tests.models import tiny_llama, tiny_tokenizer
 
 Icon2 = Callable[..., tuple[int, str, str]]
@@ -104,7 +103,7 @@ def test_a_full_disk(icon2: Icon2, model: Path, tmp_path: Path, monkeypatch: pyt
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     out = tmp_path / "a.jsonl"
     code, _, err = icon2("instructions", model, "-n", 4, "--max-new-tokens", 8, "--out", out)
     assert code == 2

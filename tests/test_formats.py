@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 from icon2_rt import formats
-from icon2_rt.formats.atomic import replacing
+from icon2_rt.atomic import replacing
 from icon2_rt.steering import Direction, DirectionSet
 
 N_LAYERS, HIDDEN = 6, 16

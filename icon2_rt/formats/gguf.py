@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from icon2_rt.atomic import replacing
 from icon2_rt.formats import record
-from icon2_rt.formats.atomic import replacing
 from icon2_rt.steering import Direction, DirectionSet
 
 ARCHITECTURE = "controlvector"

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from icon2_rt.atomic import replacing
 from icon2_rt.formats import record
-from icon2_rt.formats.atomic import replacing
 from icon2_rt.steering import DirectionSet
 
 KEY = "icon2_rt"

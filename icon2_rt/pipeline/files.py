@@ -1,58 +1,11 @@
-"""Bytes reach the disk whole or not at all, so that a kill or a full disk never leaves a torn file behind."""
+"""What the files of a run folder are made of: JSON, JSON lines, checksums."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-# Files that are being written carry this ending (and a leading dot, so that dataset loaders pass them by).
-PARTIAL = ".partial"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``: after a crash at any moment the path holds its old content or all of the new.
-
-    The data goes to a hidden file in the same folder, is flushed to the disk, and takes the name in one step.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; the message names the file; the old content stays.
-    """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = error.strerror or str(error)
-        raise type(error)(
-            error.errno, f"cannot write {len(data)} bytes ({reason}); what was finished before is kept", str(path)
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk only once its folder is: without this a power cut could undo a finished shard."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete what a killed run was in the middle of writing."""
-    for path in folder.rglob(f".*{PARTIAL}"):
-        path.unlink()
 
 
 def sha256(data: bytes) -> str:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icon2_rt.pipeline.files import remove_partial, sha256, to_json, write_atomic
+from icon2_rt.atomic import remove_partial, write_atomic
+from icon2_rt.pipeline.files import sha256, to_json
 
 
 @dataclass(frozen=True)
