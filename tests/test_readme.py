@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from icon2_rt import Direction, Steering
+from icon2_rt.engine import EngineOptions, batch
 from icon2_rt.pipeline import calibrate, consistency, health
 from tools import refresh_readme
 from tools.refresh_readme import DOCUMENTS, ROOT, Failed, blocks, links, refreshed
@@ -78,9 +79,13 @@ def test_the_table_of_steerings(code: str, alpha: float, beta: float) -> None:
     torch.testing.assert_close(term.beta, torch.full((4,), beta))
 
 
-def test_the_thresholds_in_the_documents_are_those_of_the_code() -> None:
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+def test_the_numbers_in_the_documents_are_those_of_the_code() -> None:
+    text = " ".join(" ".join((ROOT / path).read_text(encoding="utf-8") for path in DOCUMENTS).split())
     for words in (
+        f"`max_directions` ({EngineOptions.max_directions}) distinct",
+        f"`max_terms` ({EngineOptions.max_terms}) terms",
+        f"until the batch changes ({batch.HORIZON} at most)",
+        f"the same pages there, at most {batch.ITEM_ROWS}.",
         f"at most {calibrate.FLUENCY_LOSS} nats per token",
         f"({calibrate.CUT_OFF_GAIN * 100:.0f} points at most)",
         f"wins in more than {calibrate.BETTER_SHARE * 100:.0f} %",
