@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, nargs="+", choices=sorted(subjects.LENGTHS), default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which each contestant has one turn")
+    parser.add_argument("--limit", type=float, default=120, help="begin no further round after so many seconds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="default: bench/results/pairs-MODEL-DEVICE.json")
     options = parser.parse_args(argv)
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {
             "new_tokens": options.new_tokens,
             "repeats": options.repeats,
+            "limit_seconds": options.limit,
             "sampling": "greedy, no eos token",
             "scope": "response",
             "blocks": steerings["positive"].layers,
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{options.model}, {torch.get_num_threads()} threads, load {load()}", file=sys.stderr)
     for n in options.prompts:
         prompts = subjects.prompts(options.model, n)
-        figure = compare(runtime, model, prompts, steerings, options.new_tokens, options.repeats)
+        figure = compare(runtime, model, prompts, steerings, options.new_tokens, options.repeats, options.limit)
         record["figures"].append(figure)
         print(line(figure), file=sys.stderr)
         write(f"pairs-{options.model}", record, options.out)  # what is measured stays, whatever happens later
@@ -79,6 +81,7 @@ def compare(
     steerings: dict[str, Steering],
     new_tokens: int,
     repeats: int,
+    limit: float,
 ) -> dict[str, Any]:
     """One row of the table: every contestant's seconds for all ``prompts``, and how far their tokens agree."""
 
@@ -98,7 +101,10 @@ def compare(
     cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}  # steadier than the clock on a shared machine
     names = list(runs)
     before = load()
+    end = time.perf_counter() + limit
     for turn in range(repeats):
+        if turn and time.perf_counter() > end:
+            break
         for name in names[turn % 3 :] + names[: turn % 3]:
             gc.collect()
             begin, cpu_begin = time.perf_counter(), time.process_time()

@@ -55,6 +55,7 @@ def _pairs(record: dict[str, Any]) -> str:
                 _spread(speedup["one_call"], 2, "×"),
                 " / ".join(f"{f['speedup_cpu_time'][name]['median']:.2f}×" for name in ("two_calls", "one_call")),
                 " / ".join(f"{100 * same[name]['tokens']:.2f} %" for name in ("two_calls", "one_call")),
+                len(f["seconds"]["icon2_rt"]),
                 f"{f['load']['before'][0]} to {f['load']['after'][0]}",
             ]
         )
@@ -68,16 +69,17 @@ def _pairs(record: dict[str, Any]) -> str:
         "over (b)",
         "CPU time over (a) / (b)",
         "equal tokens (a) / (b)",
+        "rounds",
         "load",
     ]
     text = [
         f"### {_model(model)}\n",
-        f"Pairs per second, {settings['new_tokens']} tokens a branch, median (min–max) of {settings['repeats']} rounds "
+        f"Pairs per second, {settings['new_tokens']} tokens a branch, median (min–max) of the rounds, "
         "in which the contestants take turns in one process. (a) and (b) are transformers with forward hooks: "
         f"{settings['attention']} attention, left padding, one in-place addition per hook. Greedy, no eos token; "
         f"blocks {_span(settings['blocks'])} are steered. Load is of the last "
-        "minute: what exceeds the threads is other work on the machine, which makes clock times, and most of all several "
-        "threads, slow; the ratio of CPU times suffers less.\n",
+        "minute: what exceeds the threads is other work on the machine, which slows clock times down, most of all those "
+        "of several threads; the ratio of CPU times suffers less.\n",
         _table(heads, rows),
         "Prompt lengths in tokens: "
         + "; ".join(f"{f['prompts']} prompt(s): {_lengths(f['prompt_lengths'])}" for f in record["figures"])
