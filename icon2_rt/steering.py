@@ -392,11 +392,6 @@ class CompiledSteering:
         """``[n_layers]`` bool: does anything happen after this block?"""
         return ((self.alpha != 0) | (self.beta != 0)).any(dim=0)
 
-    @property
-    def first_layer(self) -> int:
-        """The lowest block (0-based) after which something happens."""
-        return int(self.active.nonzero()[0])
-
     @cached_property
     def effects(self) -> tuple[object, ...]:
         """What happens after each block, None for nothing: equal entries do the same; hashable."""

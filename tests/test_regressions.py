@@ -340,3 +340,19 @@ def test_an_error_names_the_argument_of_the_call():
     }.items():
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
             call()
+
+
+def test_logits_that_are_not_finite_are_an_error_and_the_pages_come_back():
+    rt = Runtime(tiny_llama().to(torch.float16), device="cpu", page_size=8, kv_memory="2MiB")
+    free = rt.free_kv_pages
+    with pytest.raises(FloatingPointError, match=r"prompts\[2\], branch 1: the logits .* too strong"):
+        rt.generate_branches(PROMPTS, [None, [None, None, 1e6 * direction(), None, None]], **GREEDY)
+    assert rt.free_kv_pages == free
+    assert len(rt.generate(PROMPTS, **GREEDY)) == len(PROMPTS)
+
+
+def test_a_pool_larger_than_the_machine_is_refused_while_the_model_is_whole():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="more than cpu has in all"):
+        Runtime(model, device="cpu", kv_memory=10**18)
+    assert all(p.numel() for p in model.parameters())

@@ -246,6 +246,7 @@ def rows_of(steerings: list[Steering | None], n_layers: int, hidden: int) -> Row
         which=torch.tensor([i if c else -1 for i, c in enumerate(compiled)]),
         rows=tuple(None if not len(a) else slice(None) if len(a) == len(steerings) else a for a in active),
         rescale=any(c is not None and c.keep_norm for c in compiled),
+        additive=not bool(beta.any()),
     )
 
 

@@ -102,6 +102,7 @@ class DirectionBank:
             which=torch.from_numpy(rows).to(device),
             rows=tuple(_rows_of(active[rows, layer] & (rows >= 0), device) for layer in range(active.shape[1])),
             rescale=bool(keep_norm.any()),
+            additive=not bool(beta.any()),
         )
 
 

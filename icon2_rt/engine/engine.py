@@ -6,6 +6,7 @@ nothing is preempted; until then it waits in order. Everything that can be refus
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class Engine:
 
         Raises:
             RuntimeError: a prefix was let go before the first step, or others hold the pages that a group needs.
+            FloatingPointError: a row's logits are not finite.
         """
         self.check(requests)
         prefixes = {r.prefix for r in requests if r.prefix is not None}
@@ -133,6 +135,11 @@ class Engine:
                 tokens, logprobs = batch.step()
                 done = []
                 for row, token, logprob in zip(running, tokens, logprobs, strict=True):
+                    if math.isnan(logprob):
+                        raise FloatingPointError(
+                            f"prompts[{row.request.index}], branch {row.branch}: the logits of token {len(row.tokens)} "
+                            f"are not finite: the steering is too strong for {self.model.dtype}, or a weight is bad"
+                        )
                     before = (row.steering, may_end(row))
                     row.token = token
                     row.position += 1

@@ -73,13 +73,18 @@ def plan_pages(
     """How many pages fit ``kv_memory`` (bytes, or ``"8GiB"``); None takes half of the free RAM or 90 % of a free GPU.
 
     Raises:
-        ValueError: not a size, or less than one page.
+        ValueError: not a size, less than one page, or more than the device has in all.
     """
     each = page_bytes(spec, page_size, dtype)
     if kv_memory is None:
         budget = int(0.9 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _free_ram() // 2
     else:
         budget = _parse_bytes(kv_memory)
+        there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _all_ram()
+        if budget > there:
+            raise ValueError(
+                f"kv_memory={kv_memory!r} ({budget} bytes) is more than {device} has in all, {there} bytes"
+            )
     if budget < each:
         raise ValueError(
             f"kv_memory={kv_memory!r} ({budget} bytes) holds no page: a page of {page_size} tokens takes {each} bytes "
@@ -98,12 +103,16 @@ def _parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def _all_ram() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _free_ram() -> int:
     try:
         with open("/proc/meminfo") as meminfo:
             return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return _all_ram() // 2
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ class RowSteering:
         rows: per block, what the host knows of the rows where some term is active: None for no row, ``slice(None)``
             for all of them, else their int64 indices ``[n]``. All other rows take no extra work.
         rescale: whether any of the S keeps its norm.
+        additive: whether all of beta is 0, so that what a steering adds at a block is one vector, whatever h is.
     """
 
     bank: Tensor
@@ -36,11 +37,7 @@ class RowSteering:
     which: Tensor
     rows: tuple[Tensor | slice | None, ...]
     rescale: bool
-
-    @cached_property
-    def additive(self) -> bool:
-        """Whether no term looks at h: then what a steering adds at a block is one vector."""
-        return not bool(self.beta.any())
+    additive: bool
 
     @cached_property
     def _pushes(self) -> dict[int, Tensor]:
