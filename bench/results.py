@@ -77,9 +77,9 @@ def _pairs(record: dict[str, Any]) -> str:
         f"Pairs per second, {settings['new_tokens']} tokens a branch, median (min–max) of the rounds, "
         "in which the contestants take turns in one process. (a) and (b) are transformers with forward hooks: "
         f"{settings['attention']} attention, left padding, one in-place addition per hook. Greedy, no eos token; "
-        f"blocks {_span(settings['blocks'])} are steered. Load is of the last "
-        "minute: what exceeds the threads is other work on the machine, which slows clock times down, most of all those "
-        "of several threads; the ratio of CPU times suffers less.\n",
+        f"blocks {_span(settings['blocks'])} are steered. Load is that of the last minute: what exceeds the "
+        "threads is other work on the machine, which slows clock times down, most of all those of several threads; the "
+        "ratio of CPU times suffers less.\n",
         _table(heads, rows),
         "Prompt lengths in tokens: "
         + "; ".join(f"{f['prompts']} prompt(s): {_lengths(f['prompt_lengths'])}" for f in record["figures"])
