@@ -11,24 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icon2_rt.ops import RowSteering, add_steer_rmsnorm
+from icon2_rt import Direction
+from icon2_rt.engine.bank import DirectionBank
+from icon2_rt.ops import add_steer_rmsnorm
+from icon2_rt.steering import compile_steering
 
 ROWS, HIDDEN = 512, 4096
 
 
 def with_op(x: Tensor, residual: Tensor, u: Tensor, gamma: float) -> Tensor:
     """The runtime's op: residual + x + γu summed in fp32, rounded once."""
-    rows = len(residual)
-    steering = RowSteering(
-        bank=u[None, None],
-        index=torch.zeros(1, 1, dtype=torch.int64),
-        alpha=torch.full((1, 1, 1), gamma),
-        beta=torch.zeros(1, 1, 1),
-        keep_norm=torch.zeros(1, dtype=torch.bool),
-        which=torch.zeros(rows, dtype=torch.int64),
-        rows=(slice(None),),
-        rescale=False,
-    )
+    compiled = compile_steering(gamma * Direction("u", u[None]), n_layers=1, hidden_size=HIDDEN)
+    bank = DirectionBank(1, 1, 1, HIDDEN, torch.device("cpu"))
+    bank.pin([compiled])
+    steering = bank.row_steering([compiled], [0] * len(residual))
     weight = torch.ones(HIDDEN, dtype=residual.dtype)
     return add_steer_rmsnorm(x, residual, weight, 1e-5, steering, 0)[0]
 

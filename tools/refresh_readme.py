@@ -174,6 +174,8 @@ def _in_this_process(words: list[str], start: Callable[[], object], where: str) 
             start()
     except SystemExit as end:
         code = end.code
+    except Exception as error:
+        raise Failed(f"{where}: {shlex.join(words)} ends with an error\n{traceback.format_exc()}") from error
     finally:
         sys.argv = argv
     if code:
