@@ -81,7 +81,7 @@ class RuntimeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto")
     revision: str | None = option(None)
     max_rows: int = option(64, at_least(2))
-    page_size: int = option(64, at_least(1))
+    page_size: int = option(32, at_least(1))
     prefill_chunk: int = option(2048, at_least(1))
     kv_memory: str | int | None = option(None, memory_size)
     threads: int | None = option(None, at_least(1))
