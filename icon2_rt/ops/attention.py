@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,33 @@ class AttentionItems:
     merge: Tensor | None
     merge_mask: Tensor
 
+    @cached_property
+    def _by_head(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def by_head(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``rows``, ``merge`` and ``merge_mask`` spelled out for every head: each is then one gather of head vectors.
+
+        Returns:
+            ``[n · KV · R · g]`` int64, where in ``q [batch · H, d]`` each query of the items is (g = H / KV heads share
+            a KV head); ``[M · batch · H]`` int64, where in the items' results, laid out ``[n, R · g, KV]``, the parts
+            of each row's heads are; ``[M, batch · H]`` fp32. Worked out once for all blocks and steps.
+        """
+        assert self.merge is not None
+        if (heads, kv_heads) not in self._by_head:
+            group = heads // kv_heads
+            head = torch.arange(heads, device=self.rows.device)
+            by_kv = head.view(kv_heads, 1, group)
+            query = self.rows[:, None, :, None] * heads + by_kv  # [n, KV, R, g]
+            place = self.merge.t()[..., None] * group + head % group  # [M, batch, H]: item · R · g + place in it
+            mask = self.merge_mask.transpose(0, 1).expand(-1, -1, heads)
+            self._by_head[heads, kv_heads] = (
+                query.flatten(),
+                (place * kv_heads + head // group).flatten(),
+                mask.reshape(len(mask), -1),
+            )
+        return self._by_head[heads, kv_heads]
+
 
 def grouped_decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, items: AttentionItems, scale: float
@@ -56,14 +84,13 @@ def grouped_decode_attention(
     if items.merge is None:
         out, _ = attend(q.view(n, kv_heads, group, d), k, v, items.mask, scale)
         return out.reshape(batch, heads * d)
-    q = q.index_select(0, items.rows.view(-1)).view(n, r, kv_heads, group, d)
-    q = q.transpose(1, 2).reshape(n, kv_heads, r * group, d)
+    query, merge, merge_mask = items.by_head(heads, kv_heads)
+    q = q.reshape(-1, d).index_select(0, query).view(n, kv_heads, r * group, d)
     out, lse = attend(q, k, v, items.mask, scale)
-    parts = items.merge.view(-1)
-    out = out.reshape(n, kv_heads, r, group, d).transpose(1, 2).reshape(n * r, heads, d).index_select(0, parts)
-    lse = lse.reshape(n, kv_heads, r, group).transpose(1, 2).reshape(n * r, heads).index_select(0, parts)
-    weight = (lse.view(batch, -1, heads) + items.merge_mask).softmax(dim=1)  # [batch, M, H]
-    return (weight[..., None] * out.view(batch, -1, heads, d)).sum(dim=1).to(q.dtype).view(batch, heads * d)
+    parts = out.transpose(1, 2).reshape(-1, d).index_select(0, merge).view(*merge_mask.shape, d)
+    lse = lse.transpose(1, 2).reshape(-1).index_select(0, merge).view(merge_mask.shape)
+    weight = (lse + merge_mask).softmax(dim=0)  # [M, batch · H]
+    return (weight[..., None] * parts).sum(dim=0).to(q.dtype).view(batch, heads * d)
 
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
