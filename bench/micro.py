@@ -68,7 +68,7 @@ def cases_of(model: str, rows: int) -> Iterator[Case]:
     bank = DirectionBank(2, 1, spec.n_layers, hidden, torch.device("cpu"))
     steering = compile_steering(0.1 * Direction("d", rand(spec.n_layers, hidden)), spec.n_layers, hidden)
     bank.pin([steering])
-    chosen = bank.row_steering([steering], [0] * rows)
+    chosen = bank.row_steering([steering] * rows)
     yield Case(
         "add_steer_rmsnorm", model, rows, ops.add_steer_rmsnorm, [(x, residual, weight, 1e-6, chosen, 1)],
         size(x) * 4 + size(weight) * 2,

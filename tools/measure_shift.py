@@ -24,7 +24,7 @@ def with_op(x: Tensor, residual: Tensor, u: Tensor, gamma: float) -> Tensor:
     compiled = compile_steering(gamma * Direction("u", u[None]), n_layers=1, hidden_size=HIDDEN)
     bank = DirectionBank(1, 1, 1, HIDDEN, torch.device("cpu"))
     bank.pin([compiled])
-    steering = bank.row_steering([compiled], [0] * len(residual))
+    steering = bank.row_steering([compiled] * len(residual))
     weight = torch.ones(HIDDEN, dtype=residual.dtype)
     return add_steer_rmsnorm(x, residual, weight, 1e-5, steering, 0)[0]
 

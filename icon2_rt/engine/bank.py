@@ -76,23 +76,23 @@ class DirectionBank:
         del self._pins[oldest]
         return self._slot.pop(oldest)
 
-    def row_steering(self, steerings: Sequence[CompiledSteering | None], which: Sequence[int]) -> RowSteering | None:
-        """What the rows need: row r has ``steerings[which[r]]``, or none where ``which[r]`` is -1 or that is None."""
-        distinct = [(i, s) for i, s in enumerate(steerings) if s is not None]
-        place = {i: n for n, (i, _) in enumerate(distinct)}
-        rows = np.array([place.get(i, -1) for i in which], dtype=np.int64)
-        if not distinct or not (rows >= 0).any():
+    def row_steering(self, steerings: Sequence[CompiledSteering | None]) -> RowSteering | None:
+        """What the rows need, from each row's (pinned) steering; None where no row has one."""
+        distinct = list(dict.fromkeys(s for s in steerings if s is not None))
+        if not distinct:
             return None
-        active = torch.stack([s.active for _, s in distinct]).numpy()
+        place = {s: n for n, s in enumerate(distinct)}
+        rows = np.array([-1 if s is None else place[s] for s in steerings], dtype=np.int64)
+        active = torch.stack([s.active for s in distinct]).numpy()
         device = self.vectors.device
-        k = max(s.n_terms for _, s in distinct)
+        k = max(s.n_terms for s in distinct)
         index = torch.zeros(len(distinct), k, dtype=torch.int64, device="cpu")
         alpha = torch.zeros(len(distinct), k, self.vectors.shape[1], dtype=torch.float32, device="cpu")
         beta = torch.zeros_like(alpha)
-        for n, (_, s) in enumerate(distinct):
+        for n, s in enumerate(distinct):
             index[n, : s.n_terms] = torch.tensor([self._slot[key] for key in s.keys], device="cpu")
             alpha[n, : s.n_terms], beta[n, : s.n_terms] = s.alpha, s.beta
-        keep_norm = torch.tensor([s.keep_norm for _, s in distinct], device="cpu")
+        keep_norm = torch.tensor([s.keep_norm for s in distinct], device="cpu")
         return RowSteering(
             bank=self.vectors,
             index=index.to(device),

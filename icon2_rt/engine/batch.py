@@ -18,7 +18,6 @@ from icon2_rt.ops import AttentionItems, RowSampling
 # Query rows of one attention item. A tensor-core tile has 16; a larger group becomes several adjacent items.
 ITEM_ROWS = 16
 
-
 # Steps that are laid out at a time: slots, rotary factors and masks of this many positions ahead.
 HORIZON = 32
 
@@ -31,10 +30,7 @@ class Batch:
         self.split_pages = split_pages
         self.tokens = torch.tensor([row.token for row in rows], device=model.device)
         self._plan: list[_Step] = []
-        steerings = [row.steering for row in rows]
-        distinct = list({id(s): s for s in steerings}.values())
-        place = {id(s): n for n, s in enumerate(distinct)}
-        self.steering = bank.row_steering(distinct, [place[id(s)] for s in steerings])
+        self.steering = bank.row_steering([row.steering for row in rows])
         self.sampling = row_sampling(model, rows)
 
     def step(self) -> tuple[list[int], list[float]]:

@@ -139,12 +139,13 @@ def _run_pack(
         return positions.to(device), torch.cat(slots).to(device), attend
 
     def steer(copies: list[tuple[int, int, int, Copy]]) -> RowSteering | None:
-        which = [
-            n if position >= copy.steer_from else -1
-            for n, (_, start, end, copy) in enumerate(copies)
-            for position in range(start, end)
-        ]
-        return bank.row_steering([copy.steering for *_, copy in copies], which)
+        return bank.row_steering(
+            [
+                copy.steering if position >= copy.steer_from else None
+                for _, start, end, copy in copies
+                for position in range(start, end)
+            ]
+        )
 
     shared = [(n, start, end, jobs[n].copies[0]) for n, start, end in pieces]
     positions, slots, attend = lay_out(shared)
