@@ -225,8 +225,8 @@ class Runtime:
         self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
     ) -> list[PairedOutput]:
         """A positive and a negative branch of every prompt, in one pass. Options as in :meth:`generate_branches`."""
-        outputs = self._stream(prompts, {"positive": positive, "negative": negative}, **options)
-        return [PairedOutput(o.index, o.prompt, *o.branches) for o in _in_order(outputs)]
+        pairs = self.stream_pairs(prompts, positive=positive, negative=negative, **options)
+        return sorted(pairs, key=lambda pair: pair.index)
 
     def stream_pairs(
         self,
@@ -234,22 +234,13 @@ class Runtime:
         *,
         positive: Steerings,
         negative: Steerings,
-        prefix: Prefix | None = None,
-        seed: int | Sequence[int] | None = None,
-        noise: Noise = "independent",
-        sample_ids: Sequence[int] | None = None,
-        generation_config: GenerationConfig | None = None,
-        progress: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> Iterator[PairedOutput]:
         """:meth:`generate_pairs`, each pair as soon as both branches are done; ``pair.index`` is its prompt's place.
 
         Arguments are checked at the call, not at the first pair.
         """
-        outputs = self._stream(
-            prompts, {"positive": positive, "negative": negative}, prefix=prefix, seed=seed, noise=noise,
-            sample_ids=sample_ids, generation_config=generation_config, progress=progress, **sampling,
-        )  # fmt: skip
+        outputs = self._stream(prompts, {"positive": positive, "negative": negative}, **options)
         return (PairedOutput(o.index, o.prompt, *o.branches) for o in outputs)
 
     def _stream(
