@@ -58,7 +58,7 @@ def demo(
     with display.Steps() as watch:
         result = run(the_demo.config(), out or the_demo.fresh_folder(), watch=watch)
     records = list(result.records())
-    screen.print(display.run_report(result.summary, result.seconds))
+    screen.print(display.run_report(result.report, result.seconds))
     screen.print(display.examples(records, 4))
     screen.print(display.judgement_table(the_demo.judge(records)))
     _where(screen, result.path)
@@ -78,7 +78,7 @@ def run(
     screen = display.console()
     with display.Steps() as watch:
         result = run_pipeline(settings, out or Path("runs") / config.stem, watch=watch)
-    screen.print(display.run_report(result.summary, result.seconds))
+    screen.print(display.run_report(result.report, result.seconds))
     _where(screen, result.path)
 
 
@@ -213,7 +213,7 @@ def pairs(
     screen = display.console()
     with display.Steps() as watch:
         result = run_pipeline(settings, out, watch=watch)
-    screen.print(display.run_report(result.summary, result.seconds))
+    screen.print(display.run_report(result.report, result.seconds))
     _where(screen, result.path)
 
 
@@ -250,7 +250,7 @@ def _where(screen: Any, path: Path) -> None:
     from rich.text import Text
 
     screen.print(
-        Text(f"\nThe dataset is in {path}  (summary.json: all figures, manifest.json: how it was made)", "bold")
+        Text(f"\nThe dataset is in {path}  (report.json: all figures, manifest.json: how it was made)", "bold")
     )
     if importlib.util.find_spec("datasets") is None:
         screen.print("  The two lines need `pip install datasets` (training with DPO: `pip install trl`).")

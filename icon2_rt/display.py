@@ -96,20 +96,20 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
     return Group(*parts)
 
 
-def run_report(summary: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> RenderableType:
+def run_report(report: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> RenderableType:
     """Everything a run says about itself, in the order of its steps."""
     seconds = seconds or {}
     return Group(
         directions_table(
-            summary["directions"]["health"],
-            summary["strengths"]["layers"],
+            report["directions"]["health"],
+            report["strengths"]["layers"],
             _took(seconds, "feature instructions", "directions"),
         ),
-        instructions_table(summary, _took(seconds, "instructions", "consistency")),
-        consistency_table(summary),
-        strengths_table(summary, _took(seconds, "strengths")),
-        pairs_table(summary, _took(seconds, "pairs")),
-        warnings_list(summary["warnings"]),
+        instructions_table(report, _took(seconds, "instructions", "consistency")),
+        consistency_table(report),
+        strengths_table(report, _took(seconds, "strengths")),
+        pairs_table(report, _took(seconds, "pairs")),
+        warnings_list(report["warnings"]),
     )
 
 
@@ -147,8 +147,8 @@ def _figure(values: Sequence[float], layers: Sequence[int], key: str) -> str:
     return f"{mean:.1%}" if key == "sign_agreement" else f"{mean:.3f}"
 
 
-def instructions_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
-    counts = summary["counts"]["instructions"]
+def instructions_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
+    counts = report["counts"]["instructions"]
     dropped = {key: n for key, n in counts.items() if key not in ("drawn", "clean", "kept")}
     rows = [["drawn from the model itself", counts["drawn"]]]
     rows += [[f"  dropped: {key}", n] for key, n in dropped.items() if n]
@@ -156,8 +156,8 @@ def instructions_table(summary: Mapping[str, Any], took: str = "") -> Renderable
     return table(f"2. Instructions{took}", ["", "number"], rows)
 
 
-def consistency_table(summary: Mapping[str, Any]) -> RenderableType:
-    figures = summary["consistency"]
+def consistency_table(report: Mapping[str, Any]) -> RenderableType:
+    figures = report["consistency"]
     histogram, kept, scores = figures["histogram"], figures["kept_histogram"], figures["scores"]
     most = max(1, *histogram.values())
     rows = [
@@ -189,8 +189,8 @@ def consistency_table(summary: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def strengths_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
-    strengths = summary["strengths"]
+def strengths_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
+    strengths = report["strengths"]
     positive, negative = strengths["positive"], strengths["negative"]
     calibration = strengths.get("calibration")
     if calibration is None:
@@ -229,8 +229,8 @@ def _range(values: Sequence[float | None]) -> str:
     return f"{min(there):.1%} to {max(there):.1%}" if there else "none"
 
 
-def pairs_table(summary: Mapping[str, Any], took: str = "") -> RenderableType:
-    pairs = summary["pairs"]
+def pairs_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
+    pairs = report["pairs"]
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     rows = [
         ["tokens, mean", f"{chosen['mean_tokens']:.1f}", f"{rejected['mean_tokens']:.1f}"],

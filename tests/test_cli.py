@@ -150,9 +150,9 @@ def test_the_single_steps_in_a_row(icon2: Icon2, tmp_path: Path) -> None:
     code, text, err = icon2("pairs", model, *arguments, "--positive", 1, "--negative", -0.5, "--layers", "1:3")
     assert code == 0, err
     assert "3 pairs" in text
-    summary = json.loads((out / "summary.json").read_bytes())
-    assert summary["strengths"]["layers"] == [1, 2]
-    assert summary["counts"]["pairs"] == 3
+    report = json.loads((out / "report.json").read_bytes())
+    assert report["strengths"]["layers"] == [1, 2]
+    assert report["counts"]["pairs"] == 3
     code, _, err = icon2("pairs", model, *arguments, "--positive", 2, "--negative", -0.5, "--layers", "1:3")
     assert code == 2
     assert "pairs.positive: 1.0 there, 2.0 now" in err

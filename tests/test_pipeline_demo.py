@@ -31,15 +31,15 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_demo_leaves_a_whole_dataset(shown: tuple[Path, str]) -> None:
     out, _ = shown
-    summary = json.loads((out / "summary.json").read_bytes())
+    report = json.loads((out / "report.json").read_bytes())
     manifest = json.loads((out / "manifest.json").read_bytes())
     records = [r for path in sorted((out / "data").iterdir()) for r in dataset.from_parquet(path.read_bytes())]
     assert manifest["finished"]
-    assert len(records) == summary["counts"]["pairs"] >= 48
-    assert summary["directions"]["names"] == ["honesty", "harmlessness", "helpfulness", "general"]
+    assert len(records) == report["counts"]["pairs"] >= 48
+    assert report["directions"]["names"] == ["honesty", "harmlessness", "helpfulness", "general"]
     assert {r["id"] for r in records}.isdisjoint(range(demo.CONFIG["directions"]["features"]))
-    assert summary["pairs"]["identical"] < 0.5
-    assert max(summary["pairs"][side]["cut_off"] for side in ("chosen", "rejected")) < 0.05
+    assert report["pairs"]["identical"] < 0.5
+    assert max(report["pairs"][side]["cut_off"] for side in ("chosen", "rejected")) < 0.05
     judgement = demo.judge(records)
     assert judgement.pairs == len(records)
     assert judgement.known >= 0.8 * judgement.pairs

@@ -91,7 +91,7 @@ def _copy(result: RunResult, to: Path) -> Path:
 
 
 def test_nothing_is_lost_or_doubled_on_the_way(finished: RunResult) -> None:
-    counts = finished.summary["counts"]
+    counts = finished.report["counts"]
     drawn = counts["instructions"]
     dropped = sum(drawn[reason] for reason in ("truncated", "empty", "special", "length", "too long", "duplicate"))
     assert drawn["drawn"] == 48 == drawn["clean"] + dropped
@@ -102,7 +102,7 @@ def test_nothing_is_lost_or_doubled_on_the_way(finished: RunResult) -> None:
     records = list(finished.records())
     assert [r["id"] for r in records] == [k["id"] for k in kept]
     assert len({r["id"] for r in records}) == len(records)
-    assert sum(finished.summary["consistency"]["histogram"].values()) == drawn["clean"]
+    assert sum(finished.report["consistency"]["histogram"].values()) == drawn["clean"]
     assert finished.manifest["finished"] is True
     assert finished.manifest["counts"] == counts
 
@@ -181,7 +181,7 @@ def test_a_finished_run_is_left_as_it_is(finished: RunResult, config: RunConfig,
     again = run(config, finished.path, rt=rt)
     assert _bytes(finished.path) == before
     assert stamps() == then
-    assert again.summary == json.loads((finished.path / "summary.json").read_bytes())
+    assert again.report == json.loads((finished.path / "report.json").read_bytes())
 
 
 def test_the_same_config_elsewhere_gives_the_same_bytes(
@@ -201,7 +201,7 @@ def test_the_same_config_elsewhere_gives_the_same_bytes(
         "directions.safetensors",
         "kept.jsonl",
         "strengths.json",
-        "summary.json",
+        "report.json",
         "README.md",
     ],
 )
@@ -323,7 +323,7 @@ def test_given_instructions_that_do_not_fit_are_dropped_and_counted(
         directions={"file": str(finished.path / "directions.safetensors"), "features": 1024},
         instructions={"file": str(path), "draws": 10_000, "max_new_tokens": 256},
     )
-    counts = run(config, tmp_path / "run", rt=rt).summary["counts"]["instructions"]
+    counts = run(config, tmp_path / "run", rt=rt).report["counts"]["instructions"]
     assert (counts["drawn"], counts["too long"], counts["clean"]) == (3, 2, 1)
 
 
@@ -361,7 +361,7 @@ def test_calibrated_strengths(model: Path, rt: Runtime, tmp_path: Path) -> None:
         calibration={"doses": [0.05, 0.2], "instructions": 4},
     )
     result = run(config, tmp_path / "run", rt=rt)
-    strengths = result.summary["strengths"]
+    strengths = result.report["strengths"]
     rungs = {rung["dose"]: rung for rung in strengths["calibration"]["rungs"]}
     assert sorted(rungs) == [-0.2, -0.05, 0.0, 0.05, 0.2]
     norms = [strengths["residual_norms"][i] for i in strengths["layers"]]
@@ -479,7 +479,7 @@ def test_the_command_continues_after_a_kill(finished: RunResult, model: Path, tm
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (out / "summary.json").exists()
+    assert not (out / "report.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert _bytes(out) == _bytes(finished.path)
     events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]

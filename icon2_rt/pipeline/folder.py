@@ -144,7 +144,7 @@ class RunFolder:
         return self._file(path).read_bytes()
 
     def write_result(self, path: str, data: bytes) -> None:
-        """A file that is derived from the artifacts alone (summary, card): rewritten at the end of every run."""
+        """A file that is derived from the artifacts alone (report, card): rewritten at the end of every run."""
         self._replace(path, data)
 
     def strangers(self, folder: str, expected: Iterator[str] | Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A whole run in a folder: directions, instructions, consistency, strengths, pairs, summary.
+"""A whole run in a folder: directions, instructions, consistency, strengths, pairs, report.
 
 Every piece of work is an artifact of the :class:`~icon2_rt.pipeline.folder.RunFolder`. A run that is started again with
 the same command takes the finished ones from there and makes the rest, so that it ends with the same bytes.
@@ -17,8 +17,8 @@ from icon2_rt.pipeline.config import RunConfig, controlled_layers
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
 from icon2_rt.pipeline.loading import end_tokens, instruction_room, load_runtime
+from icon2_rt.pipeline.report import card, compose
 from icon2_rt.pipeline.stages import Job, Watch, silent
-from icon2_rt.pipeline.summary import card, summarise
 from icon2_rt.pipeline.templates import chat_frame
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a finished run lies and what it says about itself (``summary.json`` and ``manifest.json``)."""
+    """Where a finished run lies and what it says about itself (``report.json`` and ``manifest.json``)."""
 
     path: Path
-    summary: Mapping[str, Any]
+    report: Mapping[str, Any]
     manifest: Mapping[str, Any]
     seconds: Mapping[str, float]
 
@@ -93,10 +93,10 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         inputs = [directions, kept, strong]
         shards = timed("pairs", lambda: stages.pairs(job, inputs, kept_list, direction_set, strengths))
 
-        summary = summarise(job, direction_set, features, kept, strong, shards)
-        folder.write_result("summary.json", to_json(summary))
-        folder.write_result("README.md", card(config, summary).encode())
-        about = {**about, "counts": summary["counts"], "finished": True}
+        report = compose(job, direction_set, features, kept, strong, shards)
+        folder.write_result("report.json", to_json(report))
+        folder.write_result("README.md", card(config, report).encode())
+        about = {**about, "counts": report["counts"], "finished": True}
         folder.write_manifest(about)
         folder.log("finished")
-        return RunResult(folder.path, summary, about, seconds)
+        return RunResult(folder.path, report, about, seconds)

@@ -12,7 +12,7 @@ from icon2_rt.pipeline.stages import Job
 from icon2_rt.steering import DirectionSet
 
 
-def summarise(
+def compose(
     job: Job,
     direction_set: DirectionSet,
     features: Artifact | None,
@@ -20,7 +20,7 @@ def summarise(
     strengths: Artifact,
     shards: Sequence[Artifact],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``, from the artifacts alone."""
+    """The content of ``report.json``, from the artifacts alone."""
     figures = [
         health.without_text(record)
         for shard in shards
@@ -56,9 +56,9 @@ def summarise(
     }
 
 
-def card(config: RunConfig, summary: Mapping[str, Any]) -> str:
+def card(config: RunConfig, report: Mapping[str, Any]) -> str:
     """The content of ``README.md``: a dataset card with the figures that matter first."""
-    pairs, strengths, counts = summary["pairs"], summary["strengths"], summary["counts"]["instructions"]
+    pairs, strengths, counts = report["pairs"], report["strengths"], report["counts"]["instructions"]
     how = "calibrated by dose on this model" if config.calibration is not None else "as given"
     lines = [
         f"Made by icon2_rt from `{config.model}`: no reward model, no judge, no human labels.",
@@ -70,7 +70,7 @@ def card(config: RunConfig, summary: Mapping[str, Any]) -> str:
         f"- identical pairs {pairs['identical']:.1%}, length ratio chosen/rejected {pairs['length_ratio']:.2f}, "
         f"cut off {pairs['chosen']['cut_off']:.1%} / {pairs['rejected']['cut_off']:.1%}",
     ]
-    if summary["warnings"]:
-        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in summary["warnings"])]
-    lines += ["", "`summary.json` has every figure, `manifest.json` what the run was made with."]
+    if report["warnings"]:
+        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
+    lines += ["", "`report.json` has every figure, `manifest.json` what the run was made with."]
     return dataset.card("Steered preference pairs", "\n".join(lines))
