@@ -210,16 +210,26 @@ class Runtime:
         Raises:
             TypeError, ValueError: before any work; the message names the argument and what would be right.
         """
+        return _in_order(
+            self.stream_branches(
+                prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
+                generation_config=generation_config, progress=progress, **sampling,
+            )
+        )  # fmt: skip
+
+    def stream_branches(
+        self, prompts: Sequence[Prompt], branches: Sequence[Steerings], **options: Any
+    ) -> Iterator[BranchedOutput]:
+        """:meth:`generate_branches`, each prompt as soon as its branches are done; ``output.index`` is its place.
+
+        Arguments are checked at the call, not at the first output.
+        """
         if isinstance(branches, Steering | Direction | str) or not isinstance(branches, Sequence) or not branches:
             raise TypeError(
                 "branches is a non-empty list: one steering (or None, or a list with one per prompt) per branch"
             )
         named_branches = {f"branches[{k}]": branch for k, branch in enumerate(branches)}
-        outputs = self._stream(
-            prompts, named_branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
-            generation_config=generation_config, progress=progress, **sampling,
-        )  # fmt: skip
-        return _in_order(outputs)
+        return self._stream(prompts, named_branches, **options)
 
     def generate_pairs(
         self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any

@@ -126,7 +126,13 @@ class FilterConfig:
 class PairsConfig:
     """Step 3. ``positive`` and ``negative`` are the strengths γ⁺ and γ⁻ in residual units (paper: +0.1, −0.05); with a
     ``[calibration]`` section they are left out. ``layers`` is "middle" (a third of the blocks, as in the paper), "all"
-    or a 0-based range with an exclusive end, "9:20"."""
+    or a 0-based range with an exclusive end, "9:20".
+
+    ``shape`` is what is written per prompt: a "pair", "ternary" (with an unsteered response between the two) or a
+    "ladder" of ``rungs`` responses at even steps from γ⁺ to γ⁻. ``directions`` is "best" (c* alone), "each" (a record
+    per criterion) or "sum" (all criteria in one steering, by ``weights``; without them 1 each). With ``shared_tokens``
+    all responses to a prompt begin with that many tokens of an unsteered one. ``per_token`` keeps the unsteered model's
+    log-probability and entropy of every token, not only their means."""
 
     positive: float | None = option(None, above(0))
     negative: float | None = option(None, below(0))
@@ -136,6 +142,12 @@ class PairsConfig:
     max_new_tokens: int = option(512, at_least(1))
     noise: Literal["independent", "common"] = option("independent")
     shard_size: int = option(256, at_least(1))
+    shape: Literal["pair", "ternary", "ladder"] = option("pair")
+    rungs: int = option(5, at_least(2))
+    directions: Literal["best", "each", "sum"] = option("best")
+    weights: dict[str, float] = field(default_factory=dict)
+    shared_tokens: int = option(0, at_least(0))
+    per_token: bool = option(False)
 
 
 @dataclass(frozen=True)
@@ -286,6 +298,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         errors += [f"pairs.{name}: leave it out, [calibration] finds the strengths" for name in given]
         if any(not 0 < dose < 2 for dose in config.calibration.doses):
             errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
+    errors += _pair_contradictions(config)
     low, high = config.instructions.min_chars, config.instructions.max_chars
     if high is not None and high < low:
         errors.append(f"instructions.max_chars: must not be less than min_chars ({low}), got {high}")
@@ -304,6 +317,22 @@ def _contradictions(config: RunConfig) -> list[str]:
             config.instructions, "instructions", ("draws", "temperature", "top_p", "max_new_tokens")
         )
     return errors + _same_prompts(config.criteria, "criteria.")
+
+
+def _pair_contradictions(config: RunConfig) -> list[str]:
+    pairs, errors = config.pairs, []
+    if pairs.shape != "ladder" and pairs.rungs != PairsConfig().rungs:
+        errors.append(f'pairs.rungs: has no effect with pairs.shape = "{pairs.shape}"; leave it out')
+    if pairs.weights and pairs.directions != "sum":
+        errors.append('pairs.weights: they need pairs.directions = "sum"')
+    if config.directions.file is None:
+        known = list(config.resolved_criteria())
+        unknown = [name for name in pairs.weights if name not in known]
+        errors += [f"pairs.weights.{name}: there is no such criterion{_did_you_mean(name, known)}" for name in unknown]
+    errors += [f"pairs.weights.{name}: must not be 0; leave it out" for name, w in pairs.weights.items() if w == 0]
+    if pairs.shared_tokens >= pairs.max_new_tokens:
+        errors.append(f"pairs.shared_tokens: must be less than max_new_tokens ({pairs.max_new_tokens})")
+    return errors
 
 
 def _without_effect(section: Any, path: str, names: tuple[str, ...]) -> list[str]:

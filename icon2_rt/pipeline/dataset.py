@@ -7,7 +7,7 @@ own (``…_ids``, ``ref_…_logps``, ``images``, ``tools``): extra columns must 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,9 +18,16 @@ PER_RESPONSE = {
     "finish": "why it ended: eos, stop_string or length (cut off by the limit)",
     "logprob": "sum of log-probabilities (nats) under the steered model that wrote it",
     "logprob_unsteered": "the same under the unsteered model",
+    "logprob_unsteered_mean": "the same per token",
+    "entropy": "mean entropy (nats) of the unsteered model's next-token distributions along it",
     "repetition": "share of its 4-grams of tokens that occurred before in it",
     "seed": "row seed: reproduces this response alone",
 }
+PER_TOKEN = {
+    "token_logprobs": "log-probability of every token under the unsteered model",
+    "token_entropies": "entropy of the unsteered model's distribution at every token",
+}
+REWARD = {"reward": "what the judge gave it"}
 COLUMNS = {
     "prompt": "the instruction as a one-message chat",
     "chosen": "the response steered towards the criterion",
@@ -34,28 +41,55 @@ COLUMNS = {
     "first_difference": "first token position where the two responses differ (null: identical)",
     **{f"{side}_{name}": text for side in ("chosen", "rejected") for name, text in PER_RESPONSE.items()},
 }
+# Columns that only some runs have, in the order in which they follow those above.
+OPTIONAL = {
+    **{f"{side}_{name}": text for side in ("chosen", "rejected") for name, text in (PER_TOKEN | REWARD).items()},
+    "neutral": "the unsteered response",
+    **{f"neutral_{name}": text for name, text in (PER_RESPONSE | PER_TOKEN).items()},
+    "responses": "all responses of the ladder, from γ⁺ to γ⁻",
+    "strengths": "strength of each of them in residual units",
+    "weights": "weight of each, in proportion to its place between γ⁻ (0) and γ⁺; they add up to 1",
+    **{f"responses_{name}": f"of each: {text}" for name, text in (PER_RESPONSE | PER_TOKEN).items()},
+    "shared_tokens": "how many tokens all responses begin with: written unsteered, before they part",
+    "shared_seed": "row seed of that beginning",
+}
 
 
-def schema() -> pyarrow.Schema:
-    """The Parquet columns, in the order of :data:`COLUMNS`."""
+def columns_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of a dataset by one of its records, in their order, each with its meaning."""
+    return {name: text for name, text in (COLUMNS | OPTIONAL).items() if name in record}
+
+
+def schema(names: Iterable[str] = COLUMNS) -> pyarrow.Schema:
+    """The Parquet types of the columns."""
     import pyarrow as pa
 
     chat = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     special: dict[str, Any] = {
-        **dict.fromkeys(("prompt", "chosen", "rejected"), chat),
+        **dict.fromkeys(("prompt", "chosen", "neutral", "rejected"), chat),
+        "responses": pa.list_(chat),
         **dict.fromkeys(("score", "margin", "strength_positive", "strength_negative"), pa.float64()),
-        **dict.fromkeys(("id", "first_difference"), pa.int64()),
+        **dict.fromkeys(("strengths", "weights"), pa.list_(pa.float64())),
+        **dict.fromkeys(("id", "first_difference", "shared_tokens"), pa.int64()),
+        "shared_seed": pa.uint64(),
         "criterion": pa.string(),
     }
     by_ending = {
+        **dict.fromkeys(("logprob", "logprob_unsteered", "logprob_unsteered_mean"), pa.float64()),
+        **dict.fromkeys(("entropy", "repetition", "reward"), pa.float64()),
+        **dict.fromkeys(PER_TOKEN, pa.list_(pa.float32())),
         "tokens": pa.int64(),
         "finish": pa.string(),
-        "logprob": pa.float64(),
-        "logprob_unsteered": pa.float64(),
-        "repetition": pa.float64(),
         "seed": pa.uint64(),
     }
-    return pa.schema([(name, special.get(name) or by_ending[name.partition("_")[2]]) for name in COLUMNS])
+
+    def kind(name: str) -> pyarrow.DataType:
+        if name in special:
+            return special[name]
+        side, _, figure = name.partition("_")
+        return pa.list_(by_ending[figure]) if side == "responses" else by_ending[figure]
+
+    return pa.schema([(name, kind(name)) for name in names])
 
 
 def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
@@ -63,7 +97,7 @@ def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(list(records), schema=schema())
+    table = pa.Table.from_pylist(list(records), schema=schema(columns_of(records[0]) if records else COLUMNS))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -75,9 +109,9 @@ def from_parquet(data: bytes) -> list[dict[str, Any]]:
     return pq.read_table(io.BytesIO(data)).to_pylist()
 
 
-def card(title: str, body: str) -> str:
+def card(title: str, body: str, columns: Mapping[str, str] = COLUMNS) -> str:
     """A dataset card: its head tells ``datasets.load_dataset(folder)`` which files are the data."""
-    columns = "\n".join(f"| `{name}` | {text} |" for name, text in COLUMNS.items())
+    rows = "\n".join(f"| `{name}` | {text} |" for name, text in columns.items())
     return f"""---
 configs:
 - config_name: default
@@ -102,5 +136,5 @@ dataset = load_dataset(".", split="train")  # this folder; TRL's DPOTrainer take
 
 | column | meaning |
 |---|---|
-{columns}
+{rows}
 """

@@ -1,9 +1,16 @@
-"""Step 3: every kept instruction is answered twice in one pass, pushed towards its criterion and away from it."""
+"""Step 3: every kept instruction is answered several times in one pass, pushed towards its criterion and away from it.
+
+A *plan* lists the branches of one prompt from the best to the worst by their grade: 1 is the positive strength γ⁺, 0
+the negative one γ⁻, and what lies between is in proportion. A pair is two branches, a ternary record three (the middle
+one unsteered), a ladder K. The first is ``chosen``, the last ``rejected``: every shape is a preference dataset.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from icon2_rt.pipeline.config import PairsConfig
@@ -14,19 +21,21 @@ from icon2_rt.pipeline.templates import ChatFrame
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from icon2_rt import Completion, DirectionSet, PairedOutput, Runtime, Scored
+    from icon2_rt import Completion, DirectionSet, Runtime, Scored, Steering
 
 REPETITION_NGRAM = 4
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An instruction that passed the filter: its criterion c*, the score under it, the margin (None: one criterion)."""
+    """An instruction that passed the filter: its criterion c*, the score under it, the margin (None: one criterion),
+    and its scores under all criteria."""
 
     instruction: Instruction
     criterion: str
     score: float
     margin: float | None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -35,12 +44,13 @@ class Kept:
             "criterion": self.criterion,
             "score": self.score,
             "margin": self.margin,
+            "scores": dict(self.scores),
         }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Kept:
         instruction = Instruction(record["id"], record["instruction"])
-        return cls(instruction, record["criterion"], record["score"], record["margin"])
+        return cls(instruction, record["criterion"], record["score"], record["margin"], record["scores"])
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,70 @@ class Strengths:
     positive: float
     negative: float
     layers: tuple[int, ...]
+
+    def at(self, grade: float) -> float:
+        """The strength at a grade: 1 is γ⁺, 0 is γ⁻."""
+        return grade * self.positive + (1 - grade) * self.negative
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One answer to be: its grade in [0, 1], its strength in residual units (0: unsteered), and the steering itself."""
+
+    grade: float
+    strength: float
+    steering: Steering | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The branches of one prompt that make one record, from best to worst, and the criterion that the record names."""
+
+    item: Kept
+    criterion: str
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished branch, what the unsteered model makes of it, and what an outside judge does (None: nobody asked)."""
+
+    completion: Completion
+    scored: Scored
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The beginning of a response that all branches of a prompt share: unsteered, and without its ending token."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    seed: int | None
+
+
+def plan(item: Kept, directions: DirectionSet, strengths: Strengths, config: PairsConfig) -> list[Plan]:
+    """What one instruction is answered with: one plan, or with ``pairs.directions = "each"`` one per criterion."""
+    banded = {d.name: d[list(strengths.layers)] for d in directions}
+    if config.directions == "sum":
+        weights = config.weights or dict.fromkeys(banded, 1.0)
+        steered = {"+".join(weights): lambda gamma: sum((w * gamma * banded[n] for n, w in weights.items()), start=0)}
+    else:
+        names = [item.criterion] if config.directions == "best" else list(banded)
+        steered = {name: lambda gamma, name=name: gamma * banded[name] for name in names}  # type: ignore[misc]
+    grades: Sequence[float | None]  # None: unsteered, at whatever grade that is
+    if config.shape == "ladder":
+        grades = [1 - k / (config.rungs - 1) for k in range(config.rungs)]
+    else:
+        grades = (1, 0) if config.shape == "pair" else (1, None, 0)
+
+    def branch(make: Callable[[float], Any], grade: float | None) -> Branch:
+        if grade is None:
+            return Branch(-strengths.negative / (strengths.positive - strengths.negative), 0.0, None)
+        gamma = strengths.at(grade)
+        return Branch(grade, gamma, make(gamma) if gamma else None)
+
+    return [Plan(item, name, tuple(branch(make, grade) for grade in grades)) for name, make in steered.items()]
 
 
 def decode(
@@ -65,33 +139,86 @@ def decode(
 ) -> list[dict[str, Any]]:
     """One shard: the records of ``kept``, in their order (columns: :data:`icon2_rt.pipeline.dataset.COLUMNS`).
 
-    The instruction is the whole prompt, without a system prompt. All of it is one call with a fixed list of prompts, so
-    that the same shard on the same machine gives the same bytes.
+    The instruction is the whole prompt, without a system prompt; with ``pairs.shared_tokens`` the beginning of an
+    unsteered response is part of it. All of it is one call with a fixed list of prompts, so that the same shard on the
+    same machine gives the same bytes.
     """
     chats = [frame.messages(item.instruction.text) for item in kept]
-    banded = {d.name: d[list(strengths.layers)] for d in directions}
-    outputs: list[PairedOutput | None] = [None] * len(kept)
-    stream = rt.stream_pairs(
-        chats,
-        positive=[strengths.positive * banded[item.criterion] for item in kept],
-        negative=[strengths.negative * banded[item.criterion] for item in kept],
+    plans = [plan(item, directions, strengths, config) for item in kept]
+    ids = [item.instruction.id for item in kept]
+    sampling = response_sampling(config, eos_token_ids)
+    drafts: list[Draft | None] = [None] * len(kept)
+    prompts: list[Any] = list(chats)
+    if config.shared_tokens:
+        found = draft(rt, chats, ids, config, eos_token_ids, seed)
+        drafts = list(found)
+        prompts = [[*rt.encode(chat), *d.tokens] for chat, d in zip(chats, found, strict=True)]
+        sampling.max_new_tokens = config.max_new_tokens - config.shared_tokens
+    rows = [[branch for p in several for branch in p.branches] for several in plans]  # the same number for all
+    outputs: list[list[Completion]] = [[] for _ in kept]
+    stream = rt.stream_branches(
+        prompts,
+        [[row[k].steering for row in rows] for k in range(len(rows[0]))],
         seed=stage_seed(seed, "pairs"),
         noise=config.noise,
-        sample_ids=[item.instruction.id for item in kept],
-        generation_config=response_sampling(config, eos_token_ids),
+        sample_ids=ids,
+        generation_config=sampling,
     )
     for n, output in enumerate(stream, start=1):
-        outputs[output.index] = output
+        outputs[output.index] = [_behind(rt, drafts[output.index], c) for c in output.branches]
         done(n)
-    finished = [output for output in outputs if output is not None]
-    unsteered = rt.score(
-        [chat for chat in chats for _ in range(2)],
-        [completion for output in finished for completion in (output.positive, output.negative)],
+    scored = iter(
+        rt.score(
+            [chat for chat, completions in zip(chats, outputs, strict=True) for _ in completions],
+            [completion for completions in outputs for completion in completions],
+        )
     )
     return [
-        record(item, output, strengths, unsteered[2 * i], unsteered[2 * i + 1])
-        for i, (item, output) in enumerate(zip(kept, finished, strict=True))
+        record(p, answers, draft, config)
+        for several, completions, draft in zip(plans, outputs, drafts, strict=True)
+        for p, answers in _dealt(several, [Answer(completion, next(scored)) for completion in completions])
     ]
+
+
+def _dealt(plans: Sequence[Plan], answers: Sequence[Answer]) -> Iterator[tuple[Plan, Sequence[Answer]]]:
+    """The answers to one prompt, to the plans that asked for them."""
+    start = 0
+    for p in plans:
+        yield p, answers[start : start + len(p.branches)]
+        start += len(p.branches)
+
+
+def draft(
+    rt: Runtime,
+    chats: Sequence[Any],
+    ids: Sequence[int],
+    config: PairsConfig,
+    eos_token_ids: Sequence[int],
+    seed: int,
+) -> list[Draft]:
+    """The first ``pairs.shared_tokens`` tokens of an unsteered response to every chat.
+
+    A response that ends before that gives its first half: the branches must have something left to differ in.
+    """
+    sampling = response_sampling(config, eos_token_ids)
+    sampling.max_new_tokens = config.shared_tokens
+    completions = rt.generate(chats, sample_ids=ids, seed=stage_seed(seed, "drafts"), generation_config=sampling)
+    drafts = []
+    for completion in completions:
+        whole = completion.finish_reason == "length"
+        n = len(completion.token_ids) if whole else (len(completion.token_ids) - 1) // 2
+        drafts.append(Draft(tuple(completion.token_ids[:n]), tuple(completion.logprobs[:n]), completion.seed))
+    return drafts
+
+
+def _behind(rt: Runtime, draft: Draft | None, completion: Completion) -> Completion:
+    """The whole response: what a branch wrote behind the shared beginning."""
+    if draft is None:
+        return completion
+    tokens = [*draft.tokens, *completion.token_ids]
+    text = str(rt.tokenizer.decode(tokens, skip_special_tokens=True)) if rt.tokenizer is not None else None
+    logprobs = [*draft.logprobs, *completion.logprobs]
+    return dataclasses.replace(completion, text=text, token_ids=tokens, logprobs=logprobs)
 
 
 def response_sampling(config: PairsConfig, eos_token_ids: Sequence[int]) -> GenerationConfig:
@@ -104,35 +231,78 @@ def response_sampling(config: PairsConfig, eos_token_ids: Sequence[int]) -> Gene
     )
 
 
-def record(
-    item: Kept, output: PairedOutput, strengths: Strengths, chosen_scored: Scored, rejected_scored: Scored
-) -> dict[str, Any]:
+def record(p: Plan, answers: Sequence[Answer], draft: Draft | None, config: PairsConfig) -> dict[str, Any]:
     """One row of the dataset."""
-    chosen, rejected = output.positive, output.negative
-    row = output.to_preference()
+    item, best, worst = p.item, p.branches[0], p.branches[-1]
+    row = {
+        **preference(item.instruction, answers[0], answers[-1], config.per_token),
+        "criterion": p.criterion,
+        "score": item.scores.get(p.criterion, item.score),
+        "margin": None if config.directions == "each" and p.criterion != item.criterion else item.margin,
+        "strength_positive": best.strength,
+        "strength_negative": worst.strength,
+    }
+    if config.shape == "ternary":
+        row |= {"neutral": reply(answers[1]), **response_figures("neutral", answers[1], config.per_token)}
+    if config.shape == "ladder":
+        grades = [branch.grade for branch in p.branches]
+        row |= {
+            "responses": [reply(answer) for answer in answers],
+            "strengths": [branch.strength for branch in p.branches],
+            "weights": [grade / sum(grades) for grade in grades],
+            **_columns([response_figures("responses", answer, config.per_token) for answer in answers]),
+        }
+    if draft is not None:
+        row |= {"shared_tokens": len(draft.tokens), "shared_seed": draft.seed}
+    return row
+
+
+def preference(instruction: Instruction, chosen: Answer, rejected: Answer, per_token: bool = False) -> dict[str, Any]:
+    """What every record has, whoever made it: prompt, chosen and rejected with their figures. The other columns that a
+    steered record has are null."""
     return {
-        **row,
-        "id": item.instruction.id,
-        "criterion": item.criterion,
-        "score": item.score,
-        "margin": item.margin,
-        "strength_positive": strengths.positive,
-        "strength_negative": strengths.negative,
-        "first_difference": first_difference(chosen.token_ids, rejected.token_ids),
-        **_response("chosen", chosen, chosen_scored),
-        **_response("rejected", rejected, rejected_scored),
+        "prompt": [{"role": "user", "content": instruction.text}],
+        "chosen": reply(chosen),
+        "rejected": reply(rejected),
+        "id": instruction.id,
+        "criterion": None,
+        "score": None,
+        "margin": None,
+        "strength_positive": None,
+        "strength_negative": None,
+        "first_difference": first_difference(chosen.completion.token_ids, rejected.completion.token_ids),
+        **response_figures("chosen", chosen, per_token),
+        **response_figures("rejected", rejected, per_token),
     }
 
 
-def _response(side: str, completion: Completion, scored: Scored) -> dict[str, Any]:
-    return {
-        f"{side}_tokens": len(completion.token_ids),
-        f"{side}_finish": completion.finish_reason,
-        f"{side}_logprob": sum(completion.logprobs),
-        f"{side}_logprob_unsteered": sum(scored.logprobs),
-        f"{side}_repetition": repetition(completion.token_ids),
-        f"{side}_seed": completion.seed,
+def reply(answer: Answer) -> list[dict[str, str]]:
+    """A response as the chat message that answers the prompt."""
+    return [{"role": "assistant", "content": answer.completion.text or ""}]
+
+
+def response_figures(side: str, answer: Answer, per_token: bool = False) -> dict[str, Any]:
+    """The columns of one response, ``{side}_…``; see :data:`icon2_rt.pipeline.dataset.PER_RESPONSE`."""
+    completion, scored = answer.completion, answer.scored
+    figures: dict[str, Any] = {
+        "tokens": len(completion.token_ids),
+        "finish": completion.finish_reason,
+        "logprob": sum(completion.logprobs),
+        "logprob_unsteered": sum(scored.logprobs),
+        "logprob_unsteered_mean": fmean(scored.logprobs),
+        "entropy": fmean(scored.entropies),
+        "repetition": repetition(completion.token_ids),
+        "seed": completion.seed,
     }
+    if per_token:
+        figures |= {"token_logprobs": list(scored.logprobs), "token_entropies": list(scored.entropies)}
+    if answer.reward is not None:
+        figures["reward"] = answer.reward
+    return {f"{side}_{name}": value for name, value in figures.items()}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

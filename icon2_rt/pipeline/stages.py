@@ -118,6 +118,9 @@ def directions(
 
 def _check_directions(job: Job, made: DirectionSet) -> None:
     spec = job.rt.spec
+    unknown = [name for name in job.config.pairs.weights if name not in made.names]
+    if unknown:
+        raise ValueError(f"pairs.weights.{unknown[0]}: directions.file has no such direction, only {made.names}")
     for d in made:
         if (d.n_layers, d.hidden_size) != (spec.n_layers, spec.hidden_size):
             raise ValueError(
@@ -221,10 +224,6 @@ def keep(
         if not chosen:
             raise ValueError(f"filter.margin: no instruction reaches {job.config.filter.margin}; lower it")
         kept = [_kept(unique[i], verdict, i) for i in chosen]
-        lines = [
-            {**item.to_dict(), "scores": dict(zip(verdict.names, verdict.scores[i].tolist(), strict=True))}
-            for item, i in zip(kept, chosen, strict=True)
-        ]
         facts = {
             "counts": {**_counts(counts, len(unique)), "kept": len(kept)},
             "kept_share": len(kept) / len(unique),
@@ -234,14 +233,15 @@ def keep(
             "score": _spread(verdict.score.tolist()),
             "warnings": consistency.warnings(verdict),
         }
-        artifact = job.folder.write(name, {path: to_jsonl(lines)}, inputs=raw, facts=facts)
+        artifact = job.folder.write(name, {path: to_jsonl(item.to_dict() for item in kept)}, inputs=raw, facts=facts)
     job.watch("consistency", 1, 1)
     return artifact, [Kept.from_dict(record) for record in from_jsonl(job.folder.read(path), path)]
 
 
 def _kept(instruction: Instruction, verdict: consistency.Consistency, row: int) -> Kept:
     margin = float(verdict.margin[row]) if len(verdict.names) > 1 else None
-    return Kept(instruction, verdict.names[int(verdict.best[row])], float(verdict.score[row]), margin)
+    scores = dict(zip(verdict.names, verdict.scores[row].tolist(), strict=True))
+    return Kept(instruction, verdict.names[int(verdict.best[row])], float(verdict.score[row]), margin, scores)
 
 
 def strengths(
