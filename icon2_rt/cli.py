@@ -217,6 +217,32 @@ def pairs(
     _where(screen, result.path)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    out: Annotated[Path, typer.Option(help="Where to write it: a .jsonl or .parquet file.")],
+    form: Annotated[
+        str, typer.Option("--format", help="dpo; kto (unpaired, labelled); or listwise (a ladder's graded responses).")
+    ] = "dpo",
+    style: Annotated[
+        str, typer.Option(help="conversational (chat messages), or plain (strings, the chat template applied).")
+    ] = "conversational",
+) -> None:
+    """A run's pairs in another trainer's format. The folder itself is TRL's DPO format already."""
+    from icon2_rt import display
+    from icon2_rt.atomic import write_atomic
+    from icon2_rt.pipeline import export as exporting
+    from icon2_rt.pipeline.runner import finished_run
+
+    _one_of("--format", form, ("dpo", "kto", "listwise"))
+    _one_of("--style", style, ("conversational", "plain"))
+    _writable(out, (".jsonl", ".parquet"))
+    result = finished_run(folder)
+    rows = exporting.of_run(result, form, style)  # type: ignore[arg-type]  # checked above
+    write_atomic(out, exporting.to_bytes(rows, out.suffix))
+    display.console().print(f"  {len(rows)} rows in {out}, from {result.report['counts']['pairs']} records")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """The benchmarks of a checkout; what follows is passed on to them."""
@@ -274,6 +300,11 @@ def _writable(path: Path, endings: tuple[str, ...]) -> None:
         raise ValueError(f"--out: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--out: the folder {folder} cannot be written")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def direction_warnings(directions: DirectionSet, fingerprint: str) -> list[str]:
 
 def without_text(record: Mapping[str, Any]) -> dict[str, Any]:
     """A dataset row as :func:`pair_health` reads it: figures only, so that a large dataset fits in memory."""
-    figures = {key: value for key, value in record.items() if key not in ("prompt", "chosen", "rejected")}
+    figures = {key: value for key, value in record.items() if not isinstance(value, list)}
     for side in ("chosen", "rejected"):
         figures[f"{side}_empty"] = not record[side][0]["content"].strip()
     return figures

@@ -6,6 +6,7 @@ the same command takes the finished ones from there and makes the rest, so that 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,21 @@ class RunResult:
         """The pairs, in order, shard by shard."""
         for path in sorted((self.path / "data").glob("*.parquet")):
             yield from dataset.from_parquet(path.read_bytes())
+
+
+def finished_run(folder: str | Path) -> RunResult:
+    """A run that was finished earlier, from its folder.
+
+    Raises:
+        ValueError: the folder holds no run, or one that is not finished.
+    """
+    path = Path(folder)
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} is not a run's folder: there is no manifest.json in it")
+    about = json.loads((path / "manifest.json").read_bytes())
+    if not about.get("finished"):
+        raise ValueError(f"the run in {path} is not finished; the command that began it continues it")
+    return RunResult(path, json.loads((path / "report.json").read_bytes()), about, {})
 
 
 def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtime | None = None) -> RunResult:
