@@ -180,7 +180,7 @@ def consistency_table(report: Mapping[str, Any]) -> RenderableType:
         "raw": "whose direction an instruction agrees with most (the paper's score)",
         "zscore": "whose direction an instruction agrees with most, each criterion on its own scale",
         "contrast": "whose two system prompts move an instruction most, relative to the other instructions",
-    }[figures["scale"]]
+    }.get(figures["scale"], "that the function scores highest")
     caption = f"Scale: {figures['scale']}. c* is the criterion {what}."
     return Group(
         heading("   Which criterion each instruction got"),
@@ -196,8 +196,8 @@ def strengths_table(report: Mapping[str, Any], took: str = "") -> RenderableType
     if calibration is None:
         doses = strengths["dose"]
         given = [
-            [f"{sign} γ = {gamma:+.4g}", _range(doses[sign])]
-            for sign, gamma in (("positive", positive), ("negative", negative))
+            [f"{sign} γ = " + " / ".join(f"{gamma:+.4g}" for gamma in gammas), _range(doses[sign])]
+            for sign, gammas in (("positive", set(positive.values())), ("negative", set(negative.values())))
         ]
         return table(f"3. Strengths, as given{took}", ["", "dose ‖γu‖/‖h‖ over the controlled blocks"], given)
     rows: list[list[str | Text]] = []

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from icon2_rt.pipeline.config import RunConfig, controlled_layers, parse_layers, read_criteria
+from icon2_rt.pipeline.config import (
+    PAPER_TRAINING,
+    RunConfig,
+    controlled_layers,
+    given_strengths,
+    parse_layers,
+    read_criteria,
+)
+from icon2_rt.pipeline.functions import load_function
 
 
 def _errors(table: dict) -> list[str]:
@@ -191,3 +199,96 @@ def test_criteria_files(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ValueError, match="no criterion"):
         read_criteria(path)
+
+
+def test_the_preset_is_the_paper_and_any_part_of_it_can_be_replaced() -> None:
+    paper = RunConfig.from_dict({"model": "m", "preset": "icon2"})
+    assert (paper.directions.features, paper.directions.method) == (1024, "pca")
+    assert (paper.instructions.draws, paper.filter.scale, paper.filter.keep) == (1_000_000, "raw", 0.1)
+    assert (paper.pairs.layers, paper.pairs.unit) == ("middle", "residual")
+    assert given_strengths(paper.pairs, ["a", "b"]) == ({"a": 0.1, "b": 0.1}, {"a": -0.05, "b": -0.05})
+    assert PAPER_TRAINING["beta"] == 0.1
+    assert len(paper.resolved_criteria()) == 4
+    assert RunConfig.from_dict(paper.to_dict()) == paper
+    mine = RunConfig.from_dict({"model": "m", "preset": "icon2", "filter": {"keep": 0.5}, "pairs": {"layers": "all"}})
+    assert (mine.filter.scale, mine.filter.keep, mine.pairs.layers) == ("raw", 0.5, "all")
+    assert "did you mean 'icon2'" in _errors({"model": "m", "preset": "icon"})[0]
+
+
+def test_a_preset_leaves_a_section_alone_whose_work_a_file_does(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("Why?\n")
+    table = {"model": "m", "preset": "icon2", "instructions": {"file": str(tmp_path / "mine.txt")}}
+    assert RunConfig.from_dict(table).instructions.draws == 10_000
+
+
+def test_criteria_by_name() -> None:
+    config = RunConfig.from_dict({"model": "m", "criteria": ["general", "honesty"]})
+    assert list(config.resolved_criteria()) == ["general", "honesty"]
+    assert config.criteria["honesty"].negative == "You are a dishonest assistant."
+    [error] = _errors({"model": "m", "criteria": ["honestly"]})
+    assert error.startswith("criteria: unknown criterion 'honestly' (did you mean 'honesty'?); there are honesty, ")
+    assert "empty" in _errors({"model": "m", "criteria": []})[0]
+
+
+@pytest.mark.parametrize("negative", ["You are honest.", " you  are HONEST. "])
+def test_prompts_that_say_the_same_are_refused(negative: str) -> None:
+    criterion = {"positive": "You are honest.", "negative": negative}
+    assert "no direction between them" in _errors({"model": "m", "criteria": {"honesty": criterion}})[0]
+
+
+def test_strengths_of_their_own_for_each_criterion() -> None:
+    two = {"a": {"positive": "p", "negative": "q"}, "b": {"positive": "r", "negative": "s"}}
+    config = RunConfig.from_dict({"model": "m", "criteria": two, "pairs": {"positive": {"a": 1, "b": 2.0}}})
+    assert given_strengths(config.pairs, ["a", "b"]) == ({"a": 1.0, "b": 2.0}, {"a": -0.05, "b": -0.05})
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert [
+        e.split(";")[0] for e in _errors({"model": "m", "criteria": two, "pairs": {"negative": {"a": -1.0, "c": -1.0}}})
+    ] == ["pairs.negative: unknown criterion 'c'", "pairs.negative: has no strength for b"]
+    wrong = _errors({"model": "m", "criteria": two, "pairs": {"positive": {"a": 1, "b": -1}}})
+    assert wrong == ["pairs.positive: must be greater than 0, got {'a': 1.0, 'b': -1.0}"]
+
+
+def test_doses_have_no_default() -> None:
+    errors = _errors({"model": "m", "pairs": {"unit": "dose", "positive": 0.1}})
+    assert [e.split(":")[0] for e in errors] == ["pairs.negative"]
+    RunConfig.from_dict({"model": "m", "pairs": {"unit": "dose"}, "calibration": {}})  # it finds them
+
+
+def test_prompts_beside_ready_directions_make_contrast_and_calibration_possible(tmp_path: Path) -> None:
+    file = tmp_path / "d.safetensors"
+    file.touch()
+    table = {"model": "m", "directions": {"file": str(file)}, "filter": {"scale": "contrast"}, "calibration": {}}
+    assert [e.split(":")[0] for e in _errors(table)] == ["calibration", "filter.scale"]
+    RunConfig.from_dict({**table, "criteria": {"a": {"positive": "p", "negative": "q"}}})
+
+
+def test_the_scale_may_be_a_function(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def scores(texts, projected, names): ...\n")
+    (tmp_path / "run.toml").write_text('model = "m"\nfilter.scale = "mine.py:scores"\n')
+    assert RunConfig.load(tmp_path / "run.toml").filter.scale == f"{tmp_path / 'mine.py'}:scores"
+    assert RunConfig.from_dict({"model": "m", "filter": {"scale": "math:fsum"}}).filter.scale == "math:fsum"
+    [error] = _errors({"model": "m", "filter": {"scale": "zscor"}})
+    assert "(did you mean 'zscore'?), or a function of your own" in error
+    assert "filter.scale: there is no file" in _errors({"model": "m", "filter": {"scale": "none.py:f"}})[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
+        ("math:no_such", "no function 'no_such' in math"),
+        ("math:pi", "no function 'pi' in math"),
+    ],
+)
+def test_functions_that_are_not_there(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"filter.scale: .*{message}"):
+        load_function(text, "filter.scale")
+
+
+def test_a_function_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("class Judge:\n    @staticmethod\n    def twice(x):\n        return 2 * x\n")
+    assert load_function(f"{path}:Judge.twice", "x")(4) == 8
+    path.write_text("1 / 0\n")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        load_function(f"{path}:f", "x")

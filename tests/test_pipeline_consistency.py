@@ -18,7 +18,7 @@ from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.instructions import Instruction, clean, read_instructions, without_duplicates
 from icon2_rt.pipeline.loading import end_tokens
-from icon2_rt.pipeline.pairs import Strengths, first_difference, repetition
+from icon2_rt.pipeline.pairs import Strengths, first_difference, repetition, residual_profile
 from icon2_rt.pipeline.sampling import neutral, stage_seed
 from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.tiny import CRITERIA, oracle, path, world
@@ -89,6 +89,7 @@ def test_contrast_of_a_criterion_that_moves_nothing_is_zero() -> None:
     verdict = consistency.judge(contrasts, NAMES, "contrast")
     assert verdict.scores[:, 1].abs().max() == 0
     assert verdict.histogram["b"] == 0
+    assert any(w.startswith("'b': all scores are 0") for w in consistency.warnings(verdict))
 
 
 def test_contrasts_read_an_instruction_under_both_system_prompts(tiny) -> None:  # type: ignore[no-untyped-def]
@@ -111,6 +112,50 @@ def test_contrasts_read_an_instruction_under_both_system_prompts(tiny) -> None: 
     about = [world.CRITERION_OF_KIND[oracle.judge(item.text, "").kind] for item in instructions]
     right = sum(verdict.names[best] == kind for best, kind in zip(verdict.best.tolist(), about, strict=True))
     assert right >= 36  # of 40
+
+
+@pytest.mark.parametrize("system", [None, "You are an honest assistant."])
+def test_the_common_beginning_is_prefilled_once(tiny, system: str | None, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Whatever all chats begin with is a pinned prefix, and the figures are those of the whole chats."""
+    rt, frame = tiny
+    instructions = [Instruction(i, text) for i, text in enumerate(world.sample_instructions(12, seed=3))]
+    directions = DirectionSet([Direction("d", torch.randn(rt.spec.n_layers, rt.spec.hidden_size))])
+    pinned: list[int] = []
+    real = Runtime.prefix
+    monkeypatch.setattr(Runtime, "prefix", lambda self, start: pinned.append(len(start)) or real(self, start))
+    found = consistency._project(rt, frame, instructions, system, list(directions))
+    assert len(pinned) == 1
+    assert pinned[0] >= len(rt.encode(frame.messages("a", system=system))) - 8
+    chats = [frame.messages(item.text, system=system) for item in instructions]
+    torch.testing.assert_close(found, rt.project(chats, directions), atol=1e-3, rtol=1e-4)
+    one = consistency._project(rt, frame, instructions[:1], system, list(directions))
+    torch.testing.assert_close(one, found[:1], atol=1e-3, rtol=1e-4)
+
+
+def test_a_function_gives_the_scores() -> None:
+    projected, texts = _projections(), [f"text {i}" for i in range(40)]
+
+    def length(instructions: list[str], projections: torch.Tensor, names: list[str]) -> list[list[float]]:
+        assert instructions == texts and names == NAMES and torch.equal(projections, projected)
+        return [[float(i % 3 == column) for column in range(3)] for i in range(len(instructions))]
+
+    verdict = consistency.judge(projected, NAMES, length, texts)
+    assert verdict.best.tolist() == [i % 3 for i in range(40)]
+    assert verdict.score.tolist() == [1.0] * 40
+    assert verdict.margin.tolist() == [1.0] * 40
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([[0.0] * 2] * 40, r"scores \[40 instructions, 3 criteria\], not of shape \[40, 2\]"),
+        ([[0.0, 0.0, math.nan]] * 40, "score of instruction 0 under 'c' is nan: 'text 0'"),
+        ("high", "a number per instruction and criterion"),
+    ],
+)
+def test_a_function_that_gives_no_scores_is_refused(scores: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"filter.scale: .*{message}"):
+        consistency.judge(_projections(), NAMES, lambda *_: scores, [f"text {i}" for i in range(40)])
 
 
 def test_zscore_of_a_block_without_spread_is_zero() -> None:
@@ -253,6 +298,11 @@ def test_neutral_settings_owe_nothing_to_transformers_defaults() -> None:
     config = neutral(temperature=0.7, top_p=0.9, max_new_tokens=5, eos_token_id=[3, 4], stop_string="x")
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.7, 0.9, 0)
     assert (config.repetition_penalty, config.eos_token_id, config.stop_strings) == (1.0, [3, 4], ["x"])
+    assert config.min_p is None
+    config = neutral(
+        temperature=1, top_p=1, top_k=5, min_p=0.1, repetition_penalty=1.2, max_new_tokens=5, eos_token_id=[]
+    )
+    assert (config.top_k, config.min_p, config.repetition_penalty) == (5, 0.1, 1.2)
     assert neutral(temperature=0, top_p=0.9, max_new_tokens=5, eos_token_id=[]).do_sample is False
 
 
@@ -268,11 +318,26 @@ def test_doses_and_norms() -> None:
     norms = health.residual_norms(states)
     assert norms == [2.0, 4.0, 0.0]
     directions = DirectionSet([Direction("d", torch.eye(4)[:3])])
-    doses = health.doses(Strengths(0.1, -0.2, (1, 2)), norms, directions)
+    strengths = Strengths({"d": 0.1}, {"d": -0.2}, (1, 2), (1.0, 1.0))
+    doses = health.doses(strengths, norms, directions)
     assert doses["positive"] == [None, pytest.approx(0.025), None]
     assert doses["negative"] == [None, pytest.approx(0.05), None]
     long = DirectionSet([Direction("d", 3 * torch.eye(4)[:3])])  # imported: a strength of 1 means its own length
-    assert health.doses(Strengths(0.1, -0.2, (1, 2)), norms, long)["positive"] == [None, pytest.approx(0.075), None]
+    assert health.doses(strengths, norms, long)["positive"] == [None, pytest.approx(0.075), None]
+
+
+def test_strengths_are_spread_over_the_blocks() -> None:
+    """By dose every block gets the same share of its own norm; in residual units the same strength."""
+    norms, direction = [1.0, 2.0, 6.0, 9.0], Direction("d", torch.eye(4))
+    layers = (1, 2)
+    band = [norms[i] for i in layers]
+    assert residual_profile(band, "residual") == (1.0, 1.0)
+    by_dose = Strengths({"d": 0.1 * 4.0}, {"d": -0.2 * 4.0}, layers, residual_profile(band, "dose"))
+    [term] = by_dose.push(direction, by_dose.positive["d"]).terms
+    assert term.alpha.tolist() == pytest.approx([0.0, 0.2, 0.6, 0.0])
+    assert health.doses(by_dose, norms, DirectionSet([direction]))["negative"] == [
+        None, pytest.approx(0.2), pytest.approx(0.2), None,
+    ]  # fmt: skip
 
 
 def test_weak_and_strong_contrast() -> None:

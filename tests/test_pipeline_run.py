@@ -283,6 +283,57 @@ def test_directions_and_instructions_from_files(finished: RunResult, model: Path
         assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
 
 
+def test_a_function_of_the_user_s_and_strengths_for_each_criterion(model: Path, rt: Runtime, tmp_path: Path) -> None:
+    """c* from a file of the user's, whose content is part of the run's identity; strengths per criterion, by dose."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def by_length(texts, projected, names):\n    return [[len(t) % 2, 0.5] for t in texts]\n")
+    config = _config(
+        model,
+        filter={"scale": f"{mine}:by_length", "keep": 1.0},
+        pairs={
+            "unit": "dose",
+            "positive": {"kind": 0.1, "brief": 0.2},
+            "negative": {"kind": -0.1, "brief": -0.05},
+            "max_new_tokens": 8,
+        },
+    )
+    result = run(config, tmp_path / "run", rt=rt)
+    strengths = result.report["strengths"]
+    norms = strengths["residual_norms"]
+    mean = sum(norms[i] for i in strengths["layers"]) / len(strengths["layers"])
+    seen = set()
+    for record in result.records():
+        expected = "kind" if len(record["prompt"][0]["content"]) % 2 else "brief"
+        assert record["criterion"] == expected
+        seen.add(expected)
+        assert record["strength_positive"] == pytest.approx({"kind": 0.1, "brief": 0.2}[expected] * mean)
+        assert record["strength_negative"] == pytest.approx({"kind": -0.1, "brief": -0.05}[expected] * mean)
+    assert seen == {"kind", "brief"}
+    for i in strengths["layers"]:
+        assert strengths["dose"]["positive"][i] == pytest.approx(0.15)  # the mean over the criteria, in every block
+    mine.write_text("def by_length(texts, projected, names):\n    return [[1, 0] for t in texts]\n")
+    with pytest.raises(ValueError, match=r"files\.filter\.scale"):
+        run(config, tmp_path / "run", rt=rt)
+
+
+def test_prompts_beside_ready_directions(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
+    """Ready directions with the prompts that they were made from give the same scores by contrast."""
+    changes = {
+        "directions": {"file": str(finished.path / "directions.safetensors"), "features": 1024},
+        "instructions": {"file": str(finished.path / "kept.jsonl"), "draws": 10_000, "max_new_tokens": 256},
+        "filter": {"scale": "contrast", "keep": 1.0},
+        "pairs": {"max_new_tokens": 8},
+    }
+    result = run(_config(model, **changes), tmp_path / "a", rt=rt)
+    assert result.report["consistency"]["scale"] == "contrast"
+    assert list(result.manifest["criteria"]) == ["kind", "brief"]
+    changes["criteria"] = {"other": {"positive": "x", "negative": "y"}}
+    settings = {**SETTINGS, "criteria": changes.pop("criteria")}
+    table = {"model": str(model), **settings, **{k: {**settings.get(k, {}), **v} for k, v in changes.items()}}
+    with pytest.raises(ValueError, match=r"criteria: directions\.file holds kind, brief; .* there are other"):
+        run(RunConfig.from_dict(table), tmp_path / "b", rt=rt)
+
+
 def test_wrong_input_files_are_refused(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
     path = tmp_path / "given.jsonl"
     path.write_text('{"instruction": "Why?", "criterion": "wit"}\n')
@@ -367,9 +418,9 @@ def test_calibrated_strengths(model: Path, rt: Runtime, tmp_path: Path) -> None:
     norms = [strengths["residual_norms"][i] for i in strengths["layers"]]
     for dose, rung in rungs.items():
         assert rung["gamma"] == pytest.approx(dose * sum(norms) / len(norms))
-    assert strengths["positive"] in {rung["gamma"] for dose, rung in rungs.items() if dose > 0}
-    assert strengths["negative"] in {rung["gamma"] for dose, rung in rungs.items() if dose < 0}
-    assert all(record["strength_positive"] == strengths["positive"] for record in result.records())
+    assert set(strengths["positive"].values()) < {rung["gamma"] for dose, rung in rungs.items() if dose > 0}
+    assert set(strengths["negative"].values()) < {rung["gamma"] for dose, rung in rungs.items() if dose < 0}
+    assert all(record["strength_positive"] == strengths["positive"][record["criterion"]] for record in result.records())
 
 
 def test_datasets_and_trl_take_it_as_it_is(finished: RunResult, model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from icon2_rt.pipeline.templates import ChatFrame, chat_frame
 from tests.models import random_vectors, tiny_llama, tiny_tokenizer
 
 EOS = (1,)
-STRENGTHS = Strengths(2.0, -1.0, (1, 2))
+STRENGTHS = Strengths(dict.fromkeys(("kind", "brief"), 2.0), dict.fromkeys(("kind", "brief"), -1.0), (1, 2), (1.0, 1.0))
 KEPT = [
     Kept(Instruction(7, "Why?"), "kind", 0.5, 0.1, {"kind": 0.5, "brief": 0.4}),
     Kept(Instruction(9, "How is the weather?"), "brief", 0.7, 0.2, {"kind": 0.5, "brief": 0.7}),
@@ -166,7 +166,9 @@ def test_branches_part_after_a_shared_unsteered_beginning(rt: Runtime, frame: Ch
 
 
 def test_common_noise_makes_pairs_part_later(rt: Runtime, frame: ChatFrame, bank: DirectionSet) -> None:
-    weak = dataclasses.replace(STRENGTHS, positive=0.1, negative=-0.05)
+    weak = dataclasses.replace(
+        STRENGTHS, positive={"kind": 0.1, "brief": 0.1}, negative={"kind": -0.05, "brief": -0.05}
+    )
     config = PairsConfig(max_new_tokens=20)
 
     def parting(noise: Any) -> int:

@@ -83,6 +83,7 @@ def climb(
     directions: DirectionSet,
     criteria: Mapping[str, Criterion],
     layers: Sequence[int],
+    profile: Sequence[float],
     norm: float,
     doses: Sequence[float],
     config: PairsConfig,
@@ -93,13 +94,16 @@ def climb(
 
     Args:
         items: the calibration instructions with their criteria; none of them should be used for pairs.
+        profile: how a strength is spread over the controlled blocks (:class:`~icon2_rt.pipeline.pairs.Strengths`).
         norm: mean ‖h‖ in the controlled blocks; γ = dose · norm.
     """
     signed = sorted({sign * dose for dose in doses for sign in (-1, 1)} | {0.0})
-    banded = {d.name: d[list(layers)] for d in directions}
 
     def branch(dose: float) -> list[Steering] | None:
-        return None if dose == 0 else [dose * norm * banded[item.criterion] for item in items]
+        gamma = dict.fromkeys(directions.names, dose * norm)
+        pushes = Strengths(gamma, gamma, tuple(layers), tuple(profile))
+        steerings = {d.name: pushes.push(d, dose * norm) for d in directions}
+        return None if dose == 0 else [steerings[item.criterion] for item in items]
 
     outputs = rt.generate_branches(
         [frame.messages(item.instruction.text) for item in items],
@@ -163,10 +167,6 @@ def choose(rungs: Sequence[Rung]) -> Calibration:
             f"calibration instructions; the one that agrees least is used"
         )
     return Calibration(tuple(rungs), positive, negative, _better(positive, negative), tuple(notes))
-
-
-def strengths(calibration: Calibration, layers: Sequence[int]) -> Strengths:
-    return Strengths(calibration.positive.gamma, calibration.negative.gamma, tuple(layers))
 
 
 def _fluent(rung: Rung, base: Rung) -> bool:

@@ -14,12 +14,13 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from icon2_rt.pipeline.criteria import Criterion, default_criteria
+from icon2_rt.pipeline.functions import FUNCTION_FORM, function_file, is_function
 
 Check = Callable[[Any], "str | None"]  # what is wrong with a value, or None
 
@@ -52,6 +53,24 @@ def at_most(high: float) -> Check:
 
 def not_empty(value: Any) -> str | None:
     return None if len(value) else "must not be empty"
+
+
+def each(check: Check) -> Check:
+    """For a number, or a table with one per criterion."""
+
+    def all_of(value: float | Mapping[str, float]) -> str | None:
+        return next((c for v in (value.values() if isinstance(value, Mapping) else [value]) if (c := check(v))), None)
+
+    return all_of
+
+
+SCALES = ("raw", "zscore", "contrast")
+
+
+def scale_name(value: str) -> str | None:
+    if value in SCALES or is_function(value):
+        return None
+    return f"must be one of {', '.join(map(repr, SCALES))}{_did_you_mean(value, SCALES)}, or {FUNCTION_FORM}"
 
 
 def memory_size(value: str | int) -> str | None:
@@ -106,6 +125,9 @@ class InstructionsConfig:
     file: str | None = option(None, not_empty)
     temperature: float = option(1.0, above(0))
     top_p: float = option(1.0, above(0), at_most(1))
+    top_k: int = option(0, at_least(0))
+    min_p: float = option(0.0, at_least(0), below(1))
+    repetition_penalty: float = option(1.0, above(0))
     max_new_tokens: int = option(256, at_least(1))
     min_chars: int = option(1, at_least(1))
     max_chars: int | None = option(None, at_least(1))
@@ -114,19 +136,21 @@ class InstructionsConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Step 2, consistency. ``keep`` is the share of the clean instructions that is kept (paper: 10 %); ``margin`` the
-    least distance between the best criterion's score and the second's."""
+    """Step 2, consistency. ``scale`` is "raw", "zscore", "contrast", or a function of the user's own (see
+    :mod:`icon2_rt.pipeline.consistency`); ``keep`` the share of the clean instructions that is kept (paper: 10 %);
+    ``margin`` the least distance between the best criterion's score and the second's."""
 
-    scale: Literal["raw", "zscore", "contrast"] = option("raw")
+    scale: str = option("raw", scale_name)
     keep: float = option(0.1, above(0), at_most(1))
     margin: float | None = option(None, at_least(0))
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Step 3. ``positive`` and ``negative`` are the strengths γ⁺ and γ⁻ in residual units (paper: +0.1, −0.05); with a
-    ``[calibration]`` section they are left out. ``layers`` is "middle" (a third of the blocks, as in the paper), "all"
-    or a 0-based range with an exclusive end, "9:20".
+    """Step 3. ``positive`` and ``negative`` are the strengths γ⁺ and γ⁻ (paper: +0.1, −0.05), one number or a table
+    with one per criterion; with a calibration they are left out. ``unit`` "residual" takes them as they are, the same
+    in all controlled blocks, as the paper does; "dose" as a share of each block's own mean residual norm. ``layers`` is
+    "middle" (a third of the blocks, as in the paper), "all" or a 0-based range with an exclusive end, "9:20".
 
     ``shape`` is what is written per prompt: a "pair", "ternary" (with an unsteered response between the two) or a
     "ladder" of ``rungs`` responses at even steps from γ⁺ to γ⁻. ``directions`` is "best" (c* alone), "each" (a record
@@ -134,11 +158,15 @@ class PairsConfig:
     all responses to a prompt begin with that many tokens of an unsteered one. ``per_token`` keeps the unsteered model's
     log-probability and entropy of every token, not only their means."""
 
-    positive: float | None = option(None, above(0))
-    negative: float | None = option(None, below(0))
+    positive: float | Mapping[str, float] | None = option(None, each(above(0)))
+    negative: float | Mapping[str, float] | None = option(None, each(below(0)))
+    unit: Literal["residual", "dose"] = option("residual")
     layers: str = option("middle", layer_range)
     temperature: float = option(0.8, at_least(0))
     top_p: float = option(0.95, above(0), at_most(1))
+    top_k: int = option(0, at_least(0))
+    min_p: float = option(0.0, at_least(0), below(1))
+    repetition_penalty: float = option(1.0, above(0))
     max_new_tokens: int = option(512, at_least(1))
     noise: Literal["independent", "common"] = option("independent")
     shard_size: int = option(256, at_least(1))
@@ -163,11 +191,13 @@ class CalibrationConfig:
 class RunConfig:
     """A whole run. Make one with :meth:`load` or :meth:`from_dict`, which check it.
 
-    ``model`` is a path, a hub id, or "tiny" for the model that ships with the package. Without ``criteria`` the paper's
-    four are used (for "tiny": those it was trained with).
+    ``model`` is a path, a hub id, or "tiny" for the model that ships with the package. ``preset`` fills in what is left
+    out (:data:`PRESETS`). ``criteria`` are tables with two prompts each, or a list of names of the paper's four, which
+    are the default (for "tiny": those it was trained with).
     """
 
     model: str = option(_REQUIRED, not_empty)
+    preset: Literal["icon2"] | None = option(None)
     seed: int = option(0, at_least(0), below(2**31))
     criteria: dict[str, Criterion] = field(default_factory=dict)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -196,6 +226,8 @@ class RunConfig:
             ValueError: as for :meth:`load`; ``source`` names the origin in the message.
         """
         errors: list[str] = []
+        if isinstance(table, Mapping):
+            table = _with_named_criteria(_with_preset(table), errors)
         config = _read(cls, table, "", errors)
         if config is not None:
             config = _resolve_files(config, folder, errors)
@@ -211,10 +243,30 @@ class RunConfig:
         return _plain(self)
 
     def resolved_criteria(self) -> dict[str, Criterion]:
-        return dict(self.criteria) or default_criteria(self.model)
+        """The criteria of the run; none where ``directions.file`` brings directions and no prompts are given."""
+        return dict(self.criteria) or ({} if self.directions.file else default_criteria(self.model))
 
 
 PAPER_STRENGTHS = (0.1, -0.05)
+# The paper, spelled out: its criteria and strengths are the defaults of their own keys.
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "icon2": {
+        "directions": {"method": "pca", "features": 1024},
+        "instructions": {"draws": 1_000_000},
+        "filter": {"scale": "raw", "keep": 0.1},
+        "pairs": {"unit": "residual", "layers": "middle"},
+    }
+}
+# How the paper trains on the pairs. Training is not part of a run; the manifest says it for whoever trains.
+PAPER_TRAINING: Mapping[str, Any] = {
+    "loss": "dpo",
+    "beta": 0.1,
+    "learning_rate": 5e-7,
+    "schedule": "cosine",
+    "warmup_ratio": 0.1,
+    "batch_size": 128,
+    "epochs": 1,
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -290,31 +342,69 @@ def controlled_layers(text: str, n_layers: int) -> list[int]:
     return layers
 
 
+def _with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with what it leaves to its preset; a section whose work a ``file`` does is left as it is."""
+    filled = dict(table)
+    preset = table.get("preset")
+    for section, values in PRESETS[preset].items() if isinstance(preset, str) and preset in PRESETS else ():
+        own = table.get(section, {})
+        if isinstance(own, Mapping) and "file" not in own:
+            filled[section] = {**values, **own}
+    return filled
+
+
+def _with_named_criteria(table: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """A list of names becomes the tables that it stands for."""
+    names, model = table.get("criteria"), table.get("model")
+    if not isinstance(names, list | tuple):
+        return table
+    known = default_criteria(model if isinstance(model, str) else "")
+    errors += [
+        f"criteria: unknown criterion {name!r}{_did_you_mean(str(name), known)}; there are {', '.join(known)}. One of "
+        f"your own is a table with its two prompts, [criteria.NAME]"
+        for name in names
+        if name not in known
+    ]
+    if not names:
+        errors.append("criteria: the list is empty; leave it out for all of " + ", ".join(known))
+    found = {name: dataclasses.asdict(known[name]) for name in names if name in known}
+    return {**table, "criteria": found}
+
+
 def _contradictions(config: RunConfig) -> list[str]:
     """What is wrong with options that are each fine by themselves."""
     errors = []
     if config.calibration is not None:
         given = [name for name in ("positive", "negative") if getattr(config.pairs, name) is not None]
         errors += [f"pairs.{name}: leave it out, [calibration] finds the strengths" for name in given]
-        if any(not 0 < dose < 2 for dose in config.calibration.doses):
-            errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
+    elif config.pairs.unit == "dose":
+        errors += [
+            f'pairs.{name}: give it, as a share of the residual norm ("{example}"); the paper\'s strengths are in '
+            f"residual units"
+            for name, example in (("positive", 0.1), ("negative", -0.1))
+            if getattr(config.pairs, name) is None
+        ]
+    if config.calibration is not None and any(not 0 < dose < 2 for dose in config.calibration.doses):
+        errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
     errors += _pair_contradictions(config)
     low, high = config.instructions.min_chars, config.instructions.max_chars
     if high is not None and high < low:
         errors.append(f"instructions.max_chars: must not be less than min_chars ({low}), got {high}")
-    if config.directions.file is not None:
-        if config.criteria:
-            errors.append("criteria: leave them out, directions.file brings its own")
-        if config.calibration is not None:
-            errors.append("calibration: needs the criteria's system prompts, which directions.file does not bring")
-        if config.filter.scale == "contrast":
-            errors.append(
-                "filter.scale: contrast needs the criteria's system prompts, which directions.file does not bring"
-            )
-        errors += _without_effect(config.directions, "directions", ("method", "features", "features_file"))
+    if config.directions.file is None:
+        errors += incomplete_strengths(config.pairs, list(config.resolved_criteria()))
+    else:
+        missing = "needs the criteria's system prompts, which directions.file does not bring: give [criteria.NAME] too"
+        if config.calibration is not None and not config.criteria:
+            errors.append(f"calibration: {missing}")
+        if config.filter.scale == "contrast" and not config.criteria:
+            errors.append(f"filter.scale: contrast {missing}")
+        features = () if config.calibration is not None else ("features", "features_file")
+        errors += _without_effect(config.directions, "directions", ("method", *features))
     if config.instructions.file is not None:
         errors += _without_effect(
-            config.instructions, "instructions", ("draws", "temperature", "top_p", "max_new_tokens")
+            config.instructions,
+            "instructions",
+            ("draws", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"),
         )
     return errors + _same_prompts(config.criteria, "criteria.")
 
@@ -341,11 +431,37 @@ def _without_effect(section: Any, path: str, names: tuple[str, ...]) -> list[str
     return [f"{path}.{name}: has no effect with {path}.file; leave it out" for name in changed]
 
 
+def given_strengths(pairs: PairsConfig, names: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """γ⁺ and γ⁻ of every criterion in ``names``, in ``pairs.unit``: as given, or the paper's."""
+    positive, negative = (
+        paper if value is None else value
+        for value, paper in zip((pairs.positive, pairs.negative), PAPER_STRENGTHS, strict=True)
+    )
+    return tuple(dict(v) if isinstance(v, Mapping) else dict.fromkeys(names, v) for v in (positive, negative))  # type: ignore[return-value]
+
+
+def incomplete_strengths(pairs: PairsConfig, names: Sequence[str]) -> list[str]:
+    """What is wrong with tables of strengths when ``names`` are the criteria."""
+    errors = []
+    for key in ("positive", "negative"):
+        table = getattr(pairs, key)
+        if not isinstance(table, Mapping):
+            continue
+        errors += [
+            f"pairs.{key}: unknown criterion {name!r}{_did_you_mean(name, names)}; there are {', '.join(names)}"
+            for name in table
+            if name not in names
+        ]
+        if missing := [name for name in names if name not in table]:
+            errors.append(f"pairs.{key}: has no strength for {', '.join(missing)}")
+    return errors
+
+
 def _same_prompts(criteria: Mapping[str, Criterion], prefix: str) -> list[str]:
     return [
         f"{prefix}{name}: positive and negative are the same text, so there is no direction between them"
         for name, criterion in criteria.items()
-        if criterion.positive == criterion.negative and criterion.positive
+        if criterion.positive.split() and criterion.positive.casefold().split() == criterion.negative.casefold().split()
     ]
 
 
@@ -360,13 +476,18 @@ def _resolve_files(config: RunConfig, folder: Path | None, errors: list[str]) ->
             errors.append(f"{path}: there is no file {file}")
         return str(file.resolve())
 
+    def resolve_function(value: str, path: str) -> str:
+        file = function_file(value)
+        return value if file is None else f"{resolve(file, path)}:{value.rpartition(':')[2]}"
+
     directions = dataclasses.replace(
         config.directions,
         file=resolve(config.directions.file, "directions.file"),
         features_file=resolve(config.directions.features_file, "directions.features_file"),
     )
     instructions = dataclasses.replace(config.instructions, file=resolve(config.instructions.file, "instructions.file"))
-    return dataclasses.replace(config, directions=directions, instructions=instructions)
+    filter_ = dataclasses.replace(config.filter, scale=resolve_function(config.filter.scale, "filter.scale"))
+    return dataclasses.replace(config, directions=directions, instructions=instructions, filter=filter_)
 
 
 def _read(cls: type, table: Any, path: str, errors: list[str]) -> Any:
@@ -408,7 +529,8 @@ def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         if value is None:
             return None
         allowed = [a for a in args if a is not type(None)]
-        fitting = [a for a in allowed if isinstance(a, type) and type(value) is a]
+        tables = [a for a in allowed if typing.get_origin(a) is Mapping and isinstance(value, Mapping)]
+        fitting = tables or [a for a in allowed if isinstance(a, type) and type(value) is a]
         return _read_value((fitting or allowed)[0], value, path, errors)
     if origin is Literal:
         if value in args:
@@ -418,7 +540,7 @@ def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return None
     if dataclasses.is_dataclass(hint):
         return _read(typing.cast(type, hint), value, path, errors)
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             errors.append(f"{path}: must be tables like [{path}.honesty], not {_show(value)}")
             return None

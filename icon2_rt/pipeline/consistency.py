@@ -6,20 +6,23 @@ states are long, and each direction's constant offset then decide most of it. ``
 block) to mean 0 and deviation 1 over all instructions of the run. ``contrast``, ours, asks another question: how
 strongly does *this* instruction react to the criterion's two system prompts? It takes ⟨h⁺(d) - h⁻(d), u_c⟩ in place of
 ⟨h(d), u_c⟩, and divides by the criterion's mean over all instructions of the run.
+
+Or any function gives the scores: ``scale = "module:function"`` in the config, an :data:`Attribution` in Python.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from icon2_rt.pipeline.config import FilterConfig
+from icon2_rt.pipeline.config import SCALES, FilterConfig
 from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.templates import ChatFrame
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 
 # One criterion taking more than this share of all instructions is reported as degenerate: the choice says little then.
 DEGENERATE_SHARE = 0.9
+
+
+# (instructions, their projections [n, m, n_layers], the m criteria's names) -> scores [n, m], the highest wins.
+Attribution = Callable[[Sequence[str], Tensor, Sequence[str]], Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Consistency:
 
 def projections(rt: Runtime, frame: ChatFrame, instructions: Sequence[Instruction], directions: DirectionSet) -> Tensor:
     """⟨h^l(d), u_c^l⟩ for every instruction, criterion and block: fp32 ``[n, m, n_layers]`` on the CPU."""
-    return rt.project([frame.messages(instruction.text) for instruction in instructions], directions)
+    return _project(rt, frame, instructions, None, list(directions))
 
 
 def contrasts(
@@ -71,17 +78,38 @@ def contrasts(
     """⟨h⁺(d) - h⁻(d), u_c⟩ under each criterion's own two system prompts: fp32 ``[n, m, n_layers]`` on the CPU."""
 
     def under(system: str, direction: Direction) -> Tensor:
-        return rt.project([frame.messages(item.text, system=system) for item in instructions], [direction])[:, 0]
+        return _project(rt, frame, instructions, system, [direction])[:, 0]
 
     found = [under(criteria[d.name].positive, d) - under(criteria[d.name].negative, d) for d in directions]
     return torch.stack(found, dim=1)
 
 
-def judge(projected: Tensor, names: Sequence[str], scale: str = "raw") -> Consistency:
+def _project(
+    rt: Runtime,
+    frame: ChatFrame,
+    instructions: Sequence[Instruction],
+    system: str | None,
+    directions: Sequence[Direction],
+) -> Tensor:
+    """``[n, m, n_layers]``; the tokens that all chats begin with (template and system prompt) are prefilled once."""
+    chats = [rt.encode(frame.messages(item.text, system=system)) for item in instructions]
+    columns = zip(*(chat[:-1] for chat in chats), strict=False)
+    shared = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    if not shared:
+        return rt.project(chats, directions)
+    with rt.prefix(shared) as prefix:
+        return rt.project([chat[len(shared) :] for chat in chats], directions, prefix=prefix)
+
+
+def judge(
+    projected: Tensor, names: Sequence[str], scale: str | Attribution = "raw", texts: Sequence[str] = ()
+) -> Consistency:
     """Scores, c* and margins from projections (for "contrast", from contrasts) ``[n, m, n_layers]``.
 
+    ``scale`` may be a function, which is given ``texts``, the instructions, too.
+
     Raises:
-        ValueError: another shape, no instruction, NaN, or an unknown scale.
+        ValueError: another shape, no instruction, NaN, an unknown scale, or scores of a function that are none.
     """
     if projected.ndim != 3 or projected.shape[1] != len(names) or 0 in projected.shape:
         raise ValueError(
@@ -96,9 +124,9 @@ def judge(projected: Tensor, names: Sequence[str], scale: str = "raw") -> Consis
         deviation = values.std(dim=0, unbiased=False)
         # A block without a direction, or a single instruction, has no spread: it then says nothing, for anyone.
         values = (values - values.mean(dim=0)) / torch.where(deviation > 0, deviation, math.inf)
-    elif scale not in ("raw", "contrast"):
-        raise ValueError(f"scale must be 'raw', 'zscore' or 'contrast', not {scale!r}")
-    scores = values.mean(dim=2)
+    elif not callable(scale) and scale not in SCALES:
+        raise ValueError(f"scale must be 'raw', 'zscore', 'contrast' or a function, not {scale!r}")
+    scores = _attributed(scale, texts, projected, names) if callable(scale) else values.mean(dim=2)
     if scale == "contrast":
         # A criterion whose prompts do not move the instructions along its direction on average has nothing to say.
         typical = scores.mean(dim=0)
@@ -107,6 +135,29 @@ def judge(projected: Tensor, names: Sequence[str], scale: str = "raw") -> Consis
     margin = top[:, 0] - top[:, 1] if len(names) > 1 else torch.full((len(scores),), math.inf, dtype=torch.double)
     score, best = scores.max(dim=1)
     return Consistency(list(names), scores.float(), best, score.float(), margin.float())
+
+
+def _attributed(scale: Attribution, texts: Sequence[str], projected: Tensor, names: Sequence[str]) -> Tensor:
+    """The scores of the user's function, ``[n, m]`` fp64."""
+    given = scale(list(texts), projected, list(names))
+    try:
+        scores = torch.as_tensor(given, dtype=torch.double, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"filter.scale: the function must return a number per instruction and criterion: {error}"
+        ) from None
+    if scores.shape != projected.shape[:2]:
+        raise ValueError(
+            f"filter.scale: the function must return scores [{len(projected)} instructions, {len(names)} criteria], "
+            f"not of shape {list(scores.shape)}"
+        )
+    if not torch.isfinite(scores).all():
+        row, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise ValueError(
+            f"filter.scale: the function's score of instruction {row} under {names[column]!r} is "
+            f"{scores[row, column].item()}: {texts[row] if texts else ''!r:.60}"
+        )
+    return scores
 
 
 def with_given(verdict: Consistency, given: Sequence[str | None]) -> Consistency:
@@ -148,7 +199,13 @@ def warnings(verdict: Consistency) -> list[str]:
             f"c* is degenerate: {most} of {total} instructions get {name!r}. The score mostly measures that "
             f'direction\'s own offset; compare filter.scale = "zscore", or use one criterion'
         )
-    missing = [other for other, count in histogram.items() if count == 0]
+    silent = [other for column, other in enumerate(verdict.names) if not verdict.scores[:, column].any()]
+    if silent:
+        found.append(
+            f"{', '.join(map(repr, silent))}: all scores are 0. Its prompts do not move the instructions along its own "
+            f"direction, or they all lie alike: it can never be c*"
+        )
+    missing = [other for other, count in histogram.items() if count == 0 and other not in silent]
     if missing:
         found.append(f"no instruction gets {', '.join(map(repr, missing))} as its criterion")
     return found

@@ -36,8 +36,8 @@ COLUMNS = {
     "criterion": "c*, the criterion whose direction steered the pair",
     "score": "consistency score of the instruction under c*",
     "margin": "its distance to the second-best criterion (null with one criterion)",
-    "strength_positive": "γ⁺ in residual units",
-    "strength_negative": "γ⁻ in residual units",
+    "strength_positive": "γ⁺ in residual units (the mean over the controlled blocks)",
+    "strength_negative": "γ⁻ in residual units (the mean over the controlled blocks)",
     "first_difference": "first token position where the two responses differ (null: identical)",
     **{f"{side}_{name}": text for side in ("chosen", "rejected") for name, text in PER_RESPONSE.items()},
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from icon2_rt.pipeline.pairs import Strengths
 
 if TYPE_CHECKING:
-    from icon2_rt import DirectionSet
+    from icon2_rt import DirectionSet, Steering
 
 # Where the contrast, ‖mean difference‖ / ‖h‖, is below this at every block, the two system prompts hardly change the
 # model's state, and a direction is noise however consistent it looks. Measured on small models: 4 % where prompts did
@@ -31,13 +31,17 @@ def residual_norms(states: Tensor) -> list[float]:
 
 def doses(strengths: Strengths, norms: Sequence[float], directions: DirectionSet) -> dict[str, list[float | None]]:
     """‖γu‖ / ‖h‖ per block for both signs, the mean over the directions; None where a block is not steered."""
-    scales = torch.stack([d.scale.abs() for d in directions]).mean(dim=0).tolist()  # 1 where they were extracted
 
-    def per_block(gamma: float) -> list[float | None]:
-        steered = [i in strengths.layers and norm > 0 and scales[i] > 0 for i, norm in enumerate(norms)]
-        return [abs(gamma) * scales[i] / norms[i] if steered[i] else None for i in range(len(norms))]
+    def per_block(steerings: Sequence[Steering]) -> list[float | None]:
+        alpha = torch.stack([term.alpha.abs() for steering in steerings for term in steering.terms]).mean(dim=0)
+        return [
+            push / norm if push > 0 and norm > 0 else None for push, norm in zip(alpha.tolist(), norms, strict=True)
+        ]
 
-    return {"positive": per_block(strengths.positive), "negative": per_block(strengths.negative)}
+    return {
+        "positive": per_block([strengths.push(d, strengths.positive[d.name]) for d in directions]),
+        "negative": per_block([strengths.push(d, strengths.negative[d.name]) for d in directions]),
+    }
 
 
 def direction_health(directions: DirectionSet) -> dict[str, dict[str, list[float]]]:

@@ -68,6 +68,9 @@ def instruction_sampling(config: InstructionsConfig, frame: ChatFrame) -> Genera
     return neutral(
         temperature=config.temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=frame.stop_token_ids,
         stop_string=frame.stop_string,

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.config import PAPER_TRAINING, RunConfig
 from icon2_rt.pipeline.environment import machine, versions
 from icon2_rt.pipeline.files import sha256
+from icon2_rt.pipeline.functions import function_file
 from icon2_rt.pipeline.instructions import instruction_sampling
 from icon2_rt.pipeline.pairs import response_sampling
 from icon2_rt.pipeline.sampling import stage_seed
@@ -31,6 +32,7 @@ def asked_for(config: RunConfig) -> dict[str, Any]:
         "directions.file": config.directions.file,
         "directions.features_file": config.directions.features_file,
         "instructions.file": config.instructions.file,
+        "filter.scale": function_file(config.filter.scale),
     }
     checksums = {key: sha256(Path(path).read_bytes()) for key, path in named.items() if path is not None}
     return {"config": config.to_dict(), "files": checksums}
@@ -86,7 +88,7 @@ def compose(
         )
     if frame.system == "user":
         notes.append("the chat template has no system turn: the contrastive prompts stand in front of the user's text")
-    criteria = {} if config.directions.file else config.resolved_criteria()
+    criteria = config.resolved_criteria()
     return {
         "format": FORMAT,
         "identity": dict(identity),
@@ -100,6 +102,7 @@ def compose(
             "instructions": instruction_sampling(config.instructions, frame).to_diff_dict(),
             "pairs": response_sampling(config.pairs, eos).to_diff_dict(),
         },
+        "training": dict(PAPER_TRAINING),
         "notes": notes,
         "finished": False,
     }

@@ -21,7 +21,7 @@ from icon2_rt.pipeline.templates import ChatFrame
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from icon2_rt import Completion, DirectionSet, Runtime, Scored, Steering
+    from icon2_rt import Completion, Direction, DirectionSet, Runtime, Scored, Steering
 
 REPETITION_NGRAM = 4
 
@@ -55,15 +55,36 @@ class Kept:
 
 @dataclass(frozen=True)
 class Strengths:
-    """γ⁺ and γ⁻ in residual units, and the blocks (0-based) that they act on."""
+    """γ⁺ and γ⁻ of every criterion in residual units, and the blocks (0-based) that they act on.
 
-    positive: float
-    negative: float
+    ``profile`` has one factor per controlled block, of mean 1: the strength at ``layers[k]`` is γ · ``profile[k]``. All
+    are 1 where one strength is for all blocks.
+    """
+
+    positive: Mapping[str, float]
+    negative: Mapping[str, float]
     layers: tuple[int, ...]
+    profile: tuple[float, ...]
 
-    def at(self, grade: float) -> float:
-        """The strength at a grade: 1 is γ⁺, 0 is γ⁻."""
-        return grade * self.positive + (1 - grade) * self.negative
+    def at(self, name: str, grade: float) -> float:
+        """A criterion's strength at a grade: 1 is γ⁺, 0 is γ⁻."""
+        return grade * self.positive[name] + (1 - grade) * self.negative[name]
+
+    def push(self, direction: Direction, gamma: float) -> Steering:
+        """γ along a direction, spread over the controlled blocks."""
+        each = [0.0] * direction.n_layers
+        for layer, factor in zip(self.layers, self.profile, strict=True):
+            each[layer] = gamma * factor
+        return each * direction
+
+
+def residual_profile(norms: Sequence[float], unit: str) -> tuple[float, ...]:
+    """How strengths are spread over controlled blocks of mean residual norms ``norms``: a factor of mean 1 for each.
+
+    In units of the residual stream every block gets the same; by "dose" each gets the same share of its own norm.
+    """
+    mean = fmean(norms)
+    return tuple(norm / mean for norm in norms) if unit == "dose" else (1.0,) * len(norms)
 
 
 @dataclass(frozen=True)
@@ -104,26 +125,27 @@ class Draft:
 
 def plan(item: Kept, directions: DirectionSet, strengths: Strengths, config: PairsConfig) -> list[Plan]:
     """What one instruction is answered with: one plan, or with ``pairs.directions = "each"`` one per criterion."""
-    banded = {d.name: d[list(strengths.layers)] for d in directions}
     if config.directions == "sum":
-        weights = config.weights or dict.fromkeys(banded, 1.0)
-        steered = {"+".join(weights): lambda gamma: sum((w * gamma * banded[n] for n, w in weights.items()), start=0)}
+        weights = config.weights or dict.fromkeys(directions.names, 1.0)
+        steered = {"+".join(weights): weights}
     else:
-        names = [item.criterion] if config.directions == "best" else list(banded)
-        steered = {name: lambda gamma, name=name: gamma * banded[name] for name in names}  # type: ignore[misc]
+        names = [item.criterion] if config.directions == "best" else directions.names
+        steered = {name: {name: 1.0} for name in names}
     grades: Sequence[float | None]  # None: unsteered, at whatever grade that is
     if config.shape == "ladder":
         grades = [1 - k / (config.rungs - 1) for k in range(config.rungs)]
     else:
         grades = (1, 0) if config.shape == "pair" else (1, None, 0)
 
-    def branch(make: Callable[[float], Any], grade: float | None) -> Branch:
+    def branch(weights: Mapping[str, float], grade: float | None) -> Branch:
         if grade is None:
-            return Branch(-strengths.negative / (strengths.positive - strengths.negative), 0.0, None)
-        gamma = strengths.at(grade)
-        return Branch(grade, gamma, make(gamma) if gamma else None)
+            best, worst = (fmean(strengths.at(name, end) for name in weights) for end in (1, 0))
+            return Branch(-worst / (best - worst), 0.0, None)
+        gammas = {name: strengths.at(name, grade) for name in weights}
+        pushes = [strengths.push(directions[name], weight * gammas[name]) for name, weight in weights.items()]
+        return Branch(grade, fmean(gammas.values()), sum(pushes[1:], pushes[0]) if any(gammas.values()) else None)
 
-    return [Plan(item, name, tuple(branch(make, grade) for grade in grades)) for name, make in steered.items()]
+    return [Plan(item, name, tuple(branch(weights, grade) for grade in grades)) for name, weights in steered.items()]
 
 
 def decode(
@@ -226,6 +248,9 @@ def response_sampling(config: PairsConfig, eos_token_ids: Sequence[int]) -> Gene
     return neutral(
         temperature=config.temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=eos_token_ids,
     )

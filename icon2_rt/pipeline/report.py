@@ -65,7 +65,8 @@ def card(config: RunConfig, report: Mapping[str, Any]) -> str:
         "",
         f"- {pairs['pairs']} pairs from {counts['kept']} instructions kept of {counts['drawn']} drawn",
         f"- criteria: {', '.join(f'{name} {n}' for name, n in pairs['per_criterion'].items())}",
-        f"- strengths in residual units, {how}: γ⁺ {strengths['positive']:.4g}, γ⁻ {strengths['negative']:.4g}, "
+        f"- strengths in residual units, {how}: γ⁺ {_gamma(strengths['positive'])}, "
+        f"γ⁻ {_gamma(strengths['negative'])}, "
         f"after blocks {strengths['layers'][0]} to {strengths['layers'][-1]} (0-based)",
         f"- identical pairs {pairs['identical']:.1%}, length ratio chosen/rejected {pairs['length_ratio']:.2f}, "
         f"cut off {pairs['chosen']['cut_off']:.1%} / {pairs['rejected']['cut_off']:.1%}",
@@ -74,3 +75,10 @@ def card(config: RunConfig, report: Mapping[str, Any]) -> str:
         lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
     lines += ["", "`report.json` has every figure, `manifest.json` what the run was made with."]
     return dataset.card("Steered preference pairs", "\n".join(lines))
+
+
+def _gamma(by_criterion: Mapping[str, float]) -> str:
+    """One number where all criteria have the same strength, else each with its name."""
+    if len(set(by_criterion.values())) == 1:
+        return f"{next(iter(by_criterion.values())):.4g}"
+    return " / ".join(f"{gamma:.4g} ({name})" for name, gamma in by_criterion.items())

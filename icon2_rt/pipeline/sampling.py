@@ -16,6 +16,9 @@ def neutral(
     top_p: float,
     max_new_tokens: int,
     eos_token_id: Sequence[int],
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     stop_string: str | None = None,
 ) -> GenerationConfig:
     """A config with every filter and penalty off but those named. Temperature 0 is greedy decoding."""
@@ -23,11 +26,16 @@ def neutral(
 
     sampled: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        if min_p > 0:
+            sampled["min_p"] = min_p
     if stop_string is not None:
         sampled["stop_strings"] = [stop_string]
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=list(eos_token_id) or None, **sampled
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=list(eos_token_id) or None,
+        **sampled,
     )
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from icon2_rt.pipeline import calibrate, consistency, dataset, health
-from icon2_rt.pipeline.config import PAPER_STRENGTHS, RunConfig
+from icon2_rt.pipeline.config import SCALES, RunConfig, given_strengths, incomplete_strengths
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.files import from_jsonl, to_json, to_jsonl
 from icon2_rt.pipeline.folder import Artifact, RunFolder
+from icon2_rt.pipeline.functions import load_function
 from icon2_rt.pipeline.instructions import REASONS, Instruction, read_instructions, synthesise, without_duplicates
 from icon2_rt.pipeline.loading import system_tokens
-from icon2_rt.pipeline.pairs import Kept, Strengths, decode
+from icon2_rt.pipeline.pairs import Kept, Strengths, decode, residual_profile
 from icon2_rt.pipeline.templates import ChatFrame, chat_length
 from icon2_rt.steering import DirectionSet
 
@@ -64,7 +65,7 @@ class Scored:
 def feature_instructions(job: Job) -> tuple[Artifact | None, list[Instruction]]:
     """D_feat: what the directions are extracted from, and the calibration's held-out instructions."""
     config, name, path = job.config.directions, "features", "features.jsonl"
-    if config.file is not None:
+    if config.file is not None and job.config.calibration is None:
         return None, []
     artifact = job.folder.finished(name)
     if artifact is None:
@@ -117,7 +118,14 @@ def directions(
 
 
 def _check_directions(job: Job, made: DirectionSet) -> None:
-    spec = job.rt.spec
+    spec, criteria = job.rt.spec, job.config.criteria
+    if criteria and sorted(criteria) != sorted(made.names):
+        raise ValueError(
+            f"criteria: directions.file holds {', '.join(made.names)}; tables beside it give the prompts of exactly "
+            f"those, and there are {', '.join(criteria)}"
+        )
+    if wrong := incomplete_strengths(job.config.pairs, made.names):
+        raise ValueError("\n".join(wrong))
     unknown = [name for name in job.config.pairs.weights if name not in made.names]
     if unknown:
         raise ValueError(f"pairs.weights.{unknown[0]}: directions.file has no such direction, only {made.names}")
@@ -218,7 +226,7 @@ def keep(
                 f"instructions.max_new_tokens, or give instructions.file"
             )
         rows = [row_of[instruction.id] for instruction in unique]
-        verdict = consistency.judge(scored.projections[rows], direction_set.names, job.config.filter.scale)
+        verdict = _judge(job, unique, scored.projections[rows], direction_set)
         verdict = consistency.with_given(verdict, [scored.given[row] for row in rows])
         chosen = consistency.select(verdict, job.config.filter)
         if not chosen:
@@ -238,6 +246,14 @@ def keep(
     return artifact, [Kept.from_dict(record) for record in from_jsonl(job.folder.read(path), path)]
 
 
+def _judge(
+    job: Job, instructions: Sequence[Instruction], projected: Tensor, direction_set: DirectionSet
+) -> consistency.Consistency:
+    name = job.config.filter.scale
+    scale = name if name in SCALES else load_function(name, "filter.scale")
+    return consistency.judge(projected, direction_set.names, scale, [item.text for item in instructions])
+
+
 def _kept(instruction: Instruction, verdict: consistency.Consistency, row: int) -> Kept:
     margin = float(verdict.margin[row]) if len(verdict.names) > 1 else None
     scores = dict(zip(verdict.names, verdict.scores[row].tolist(), strict=True))
@@ -255,10 +271,13 @@ def strengths(
         states = job.rt.hidden_states([job.frame.messages(item.text) for item in sample[:NORM_SAMPLE]])
         norms = health.residual_norms(states)
         facts: dict[str, Any] = {"residual_norms": norms}
+        profile = residual_profile([norms[i] for i in job.layers], config.pairs.unit)
+        norm = fmean(norms[i] for i in job.layers)
         if config.calibration is None:
-            given = (config.pairs.positive, config.pairs.negative)
+            unit = norm if config.pairs.unit == "dose" else 1.0
             positive, negative = (
-                paper if value is None else value for value, paper in zip(given, PAPER_STRENGTHS, strict=True)
+                {name: unit * value for name, value in by_criterion.items()}
+                for by_criterion in given_strengths(config.pairs, direction_set.names)
             )
         else:
             rungs = calibrate.climb(
@@ -268,27 +287,28 @@ def strengths(
                 direction_set,
                 config.resolved_criteria(),
                 job.layers,
-                fmean(norms[i] for i in job.layers),
+                profile,
+                norm,
                 config.calibration.doses,
                 config.pairs,
                 job.eos,
                 config.seed,
             )
             calibration = calibrate.choose(rungs)
-            positive, negative = calibration.positive.gamma, calibration.negative.gamma
+            positive = dict.fromkeys(direction_set.names, calibration.positive.gamma)
+            negative = dict.fromkeys(direction_set.names, calibration.negative.gamma)
             facts["calibration"] = calibration.to_dict()
-        made = Strengths(positive, negative, job.layers)
+        made = Strengths(positive, negative, job.layers, profile)
         facts |= {**dataclasses.asdict(made), "dose": health.doses(made, norms, direction_set)}
         artifact = job.folder.write(name, {path: to_json(facts)}, inputs=[directions], facts=facts)
     job.watch("strengths", 1, 1)
     facts = dict(artifact.facts)
-    return artifact, Strengths(facts["positive"], facts["negative"], tuple(facts["layers"]))
+    return artifact, Strengths(facts["positive"], facts["negative"], tuple(facts["layers"]), tuple(facts["profile"]))
 
 
 def _with_criteria(job: Job, sample: Sequence[Instruction], direction_set: DirectionSet) -> list[Kept]:
     """Instructions with the criterion that the run's own filter would give them."""
-    projected = _project(job, sample, direction_set)
-    verdict = consistency.judge(projected, direction_set.names, job.config.filter.scale)
+    verdict = _judge(job, sample, _project(job, sample, direction_set), direction_set)
     return [_kept(instruction, verdict, row) for row, instruction in enumerate(sample)]
 
 
