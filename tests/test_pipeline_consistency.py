@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -338,45 +337,3 @@ def test_strengths_are_spread_over_the_blocks() -> None:
     assert health.doses(by_dose, norms, DirectionSet([direction]))["negative"] == [
         None, pytest.approx(0.2), pytest.approx(0.2), None,
     ]  # fmt: skip
-
-
-def test_weak_and_strong_contrast() -> None:
-    def direction(name: str, contrast: float) -> Direction:
-        return Direction(name, torch.eye(4)[:3], health={"contrast": [0.01, contrast, 0.02]})
-
-    found = health.direction_warnings(DirectionSet([direction("weak", 0.04), direction("strong", 0.3)]), "m")
-    assert len(found) == 1
-    assert found[0].startswith("weak")
-    foreign = DirectionSet([Direction("a", torch.eye(4)[:3], model="other", model_name="llama")])
-    [warning] = health.direction_warnings(foreign, "m")
-    assert "made on another model (llama)" in warning
-    assert health.direction_warnings(foreign, "other") == []
-    cosines = health.similarities(DirectionSet([direction("a", 1), direction("b", 1)]))
-    assert cosines == [[1.0, 1.0], [1.0, 1.0]]
-
-
-def _row(chosen: str, rejected: str, **changes: object) -> dict:
-    row: dict = {"criterion": "a", "first_difference": 2, "prompt": [], **changes}
-    for side, text in (("chosen", chosen), ("rejected", rejected)):
-        row[side] = [{"role": "assistant", "content": text}]
-        defaults = {"tokens": len(text), "finish": "eos", "repetition": 0.0, "logprob_unsteered": -2.0 * len(text)}
-        row |= {f"{side}_{key}": row.get(f"{side}_{key}", value) for key, value in defaults.items()}
-    return health.without_text(row)
-
-
-def test_pair_health_and_its_warnings() -> None:
-    rows = [_row("abcd", "ab"), _row("ab", "ab", first_difference=None), _row("abcd", " ", rejected_finish="length")]
-    figures = health.pair_health(rows)
-    assert figures["pairs"] == 3
-    assert figures["identical"] == pytest.approx(1 / 3)
-    assert figures["length_ratio"] == 2.0
-    assert figures["median_first_difference"] == 2
-    assert figures["chosen"]["logprob_per_token"] == -2.0
-    assert figures["rejected"]["cut_off"] == figures["rejected"]["empty"] == pytest.approx(1 / 3)
-    found = " ".join(health.pair_warnings(figures))
-    assert all(
-        word in found for word in ("identical", "rejected responses were cut off", "rejected responses are empty")
-    )
-    assert health.pair_warnings(health.pair_health([_row("abcd", "abce")])) == []
-    assert health.pair_warnings(health.pair_health([])) == ["no pairs"]
-    assert Counter(figures["per_criterion"]) == {"a": 3}

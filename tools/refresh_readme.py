@@ -269,7 +269,23 @@ def _toml(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": _families, "commands": _commands, "settings": _settings}
+def _checks() -> str:
+    from icon2_rt.pipeline.checks import RULES
+
+    rows = [
+        [rule.title, rule.limits.replace("green ", "").replace(", red ", "; "), rule.means, rule.todo]
+        for rule in RULES.values()
+    ]
+    escaped = [[cell.replace("*", "\\*").replace("|", "\\|") for cell in row] for row in rows]
+    return _table(["check", "green; red", "means", "what to do"], escaped)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "families": _families,
+    "commands": _commands,
+    "settings": _settings,
+    "checks": _checks,
+}
 
 
 # ---------------------------------------------------------------- main

@@ -1,5 +1,5 @@
-"""Health checks: the figures that tell a usable dataset from one that only looks finished. All from data that is there
-anyway; none needs a judge."""
+"""Health figures: what tells a usable dataset from one that only looks finished. All from data that is there anyway;
+none needs a judge. What is good and what is bad of them: :mod:`icon2_rt.pipeline.checks`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,7 @@ from icon2_rt.pipeline.pairs import Strengths
 if TYPE_CHECKING:
     from icon2_rt import DirectionSet, Steering
 
-# Where the contrast, ‖mean difference‖ / ‖h‖, is below this at every block, the two system prompts hardly change the
-# model's state, and a direction is noise however consistent it looks. Measured on small models: 4 % where prompts did
-# nothing; 35–78 % at the best block of the shipped model, which heeds them, though only 2–13 % in its middle.
-WEAK_CONTRAST = 0.1
-# Of all pairs; beyond it something is wrong with the strengths or the limit.
-MANY_IDENTICAL, MANY_CUT = 0.1, 0.1
+BINS = 24
 
 
 def residual_norms(states: Tensor) -> list[float]:
@@ -55,19 +51,33 @@ def similarities(directions: DirectionSet) -> list[list[float]]:
     return torch.einsum("alh,blh->ab", stacked, stacked).div(stacked.shape[1]).tolist()
 
 
-def direction_warnings(directions: DirectionSet, fingerprint: str) -> list[str]:
-    """What a person should know before trusting the directions; ``fingerprint`` is that of the model in use."""
-    found = []
-    for d in directions:
-        if d.model is not None and d.model != fingerprint:
-            found.append(f"{d.name}: made on another model ({d.model_name or d.model}), not on the one in use")
-        contrast = d.health.get("contrast")
-        if contrast and max(contrast) < WEAK_CONTRAST:
-            found.append(
-                f"{d.name}: the two system prompts move the state by at most {max(contrast):.1%} of its norm at any "
-                f"block; the model may hardly heed them, and the direction may be noise"
-            )
-    return found
+def spaced(count: int, most: int) -> list[int]:
+    """At most ``most`` of the places 0 … count - 1, evenly spaced."""
+    size = min(most, count)
+    return [i * count // size for i in range(size)]
+
+
+def histograms(series: Mapping[str, Sequence[float]], bins: int = BINS) -> dict[str, Any]:
+    """How values are spread, over bins that all series share: ``edges`` and per series ``counts``.
+
+    The bins reach over the middle 98 % of all values; what lies beyond is counted in the first or the last one.
+    """
+    values = np.concatenate([np.asarray(one, dtype=float) for one in series.values()])
+    low, high = np.quantile(values, (0.01, 0.99)) if len(values) else (0.0, 1.0)
+    if high <= low:
+        low, high = low - 0.5, low + 0.5
+    edges = np.linspace(low, high, bins + 1)
+    counts = {name: np.histogram(np.clip(one, low, high), edges)[0].tolist() for name, one in series.items()}
+    return {"edges": edges.tolist(), "counts": counts}
+
+
+def made_elsewhere(directions: DirectionSet, fingerprint: str) -> list[str]:
+    """A warning for each direction of another model than the one in use."""
+    return [
+        f"{d.name}: made on another model ({d.model_name or d.model}), not on the one in use"
+        for d in directions
+        if d.model is not None and d.model != fingerprint
+    ]
 
 
 def without_text(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,10 +98,14 @@ def pair_health(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     differing = [r["first_difference"] for r in records if r["first_difference"] is not None]
     health: dict[str, Any] = {
         "pairs": len(records),
-        "per_criterion": dict(sorted(Counter(r["criterion"] for r in records).items())),
+        "per_criterion": dict(sorted(Counter(r["criterion"] for r in records if r["criterion"] is not None).items())),
         "identical": 1 - len(differing) / len(records),
         "median_first_difference": median(differing) if differing else None,
         "length_ratio": _sum(records, "chosen_tokens") / max(1, _sum(records, "rejected_tokens")),
+        "chosen_longer": fmean(
+            (r["chosen_tokens"] > r["rejected_tokens"]) + 0.5 * (r["chosen_tokens"] == r["rejected_tokens"])
+            for r in records
+        ),
     }
     for side in ("chosen", "rejected"):
         tokens = max(1, _sum(records, f"{side}_tokens"))
@@ -102,22 +116,15 @@ def pair_health(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "repetition": fmean(r[f"{side}_repetition"] for r in records),
             "logprob_per_token": _sum(records, f"{side}_logprob_unsteered") / tokens,
         }
+    sides = ("chosen", "rejected")
+    health["distributions"] = {
+        "tokens": histograms({side: [r[f"{side}_tokens"] for r in records] for side in sides}),
+        "logprob_per_token": histograms(
+            {side: [r[f"{side}_logprob_unsteered"] / max(1, r[f"{side}_tokens"]) for r in records] for side in sides}
+        ),
+        "first_difference": histograms({"pairs": differing}) if differing else None,
+    }
     return health
-
-
-def pair_warnings(health: Mapping[str, Any]) -> list[str]:
-    if not health["pairs"]:
-        return ["no pairs"]
-    found = []
-    if health["identical"] > MANY_IDENTICAL:
-        found.append(f"{health['identical']:.0%} of the pairs are identical: the strengths are too small")
-    for side in ("chosen", "rejected"):
-        if health[side]["cut_off"] > MANY_CUT:
-            share = health[side]["cut_off"]
-            found.append(f"{share:.0%} of the {side} responses were cut off: raise pairs.max_new_tokens")
-        if health[side]["empty"] > 0:
-            found.append(f"{health[side]['empty']:.0%} of the {side} responses are empty")
-    return found
 
 
 def _sum(records: Sequence[Mapping[str, Any]], column: str) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from icon2_rt.pipeline import dataset, health
+from icon2_rt.pipeline import checks, dataset, health, separability
 from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.effect import token_ids
 from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.stages import Job
 from icon2_rt.steering import DirectionSet
@@ -19,26 +20,24 @@ def compose(
     kept: Artifact,
     strengths: Artifact,
     shards: Sequence[Artifact],
+    effect: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of ``report.json``, from the artifacts alone."""
-    figures = [
-        health.without_text(record)
-        for shard in shards
-        for path in shard.files
-        for record in dataset.from_parquet(job.folder.read(path))
-    ]
-    pairs = health.pair_health(figures)
-    warnings = [
-        *health.direction_warnings(direction_set, job.rt.fingerprint),
-        *kept.facts["warnings"],
-        *strengths.facts.get("calibration", {}).get("notes", ()),
-        *health.pair_warnings(pairs),
-    ]
-    return {
+    probed = set(health.spaced(sum(shard.facts["pairs"] for shard in shards), separability.PAIRS))
+    figures: list[dict[str, Any]] = []
+    texts = []
+    for shard in shards:
+        for path in shard.files:
+            for record in dataset.from_parquet(job.folder.read(path)):
+                if len(figures) in probed:
+                    texts.append((record["chosen"][0]["content"], record["rejected"][0]["content"]))
+                figures.append(health.without_text(record))
+    keys = ("kept_share", "histogram", "kept_histogram", "scores", "score", "distributions", "warnings")
+    report: dict[str, Any] = {
         "counts": {
             "features": dict(features.facts["counts"]) if features else None,
             "instructions": dict(kept.facts["counts"]),
-            "pairs": pairs["pairs"],
+            "pairs": len(figures),
             "shards": len(shards),
         },
         "directions": {
@@ -46,14 +45,15 @@ def compose(
             "health": health.direction_health(direction_set),
             "cosines": health.similarities(direction_set),
         },
-        "consistency": {
-            "scale": job.config.filter.scale,
-            **{key: kept.facts[key] for key in ("kept_share", "histogram", "kept_histogram", "scores", "score")},
-        },
+        "consistency": {"scale": job.config.filter.scale, **{key: kept.facts[key] for key in keys}},
         "strengths": dict(strengths.facts),
-        "pairs": pairs,
-        "warnings": warnings,
+        "pairs": health.pair_health(figures),
+        "separability": separability.probe(texts, token_ids(job.rt)),
+        "effect": effect,
     }
+    found = checks.examine(report)
+    strangers = health.made_elsewhere(direction_set, job.rt.fingerprint)
+    return {"checks": [check.to_dict() for check in found], "warnings": [*strangers, *checks.warnings(found)], **report}
 
 
 def card(config: RunConfig, report: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A whole run in a folder: directions, instructions, consistency, strengths, pairs, report.
+"""A whole run in a folder: directions, instructions, consistency, strengths, pairs, their effect, report.
 
 Every piece of work is an artifact of the :class:`~icon2_rt.pipeline.folder.RunFolder`. A run that is started again with
 the same command takes the finished ones from there and makes the rest, so that it ends with the same bytes.
@@ -109,7 +109,8 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         inputs = [directions, kept, strong]
         shards = timed("pairs", lambda: stages.pairs(job, inputs, kept_list, direction_set, strengths))
 
-        report = compose(job, direction_set, features, kept, strong, shards)
+        effect = timed("effect", lambda: stages.effect(job, directions, shards, direction_set))
+        report = compose(job, direction_set, features, kept, strong, shards, effect)
         folder.write_result("report.json", to_json(report))
         folder.write_result("README.md", card(config, report).encode())
         about = {**about, "counts": report["counts"], "finished": True}

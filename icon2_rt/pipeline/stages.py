@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 from icon2_rt.pipeline import calibrate, consistency, dataset, health
 from icon2_rt.pipeline.config import SCALES, RunConfig, given_strengths, incomplete_strengths
 from icon2_rt.pipeline.directions import extract
+from icon2_rt.pipeline.effect import SAMPLE
+from icon2_rt.pipeline.effect import measure as measure_effect
 from icon2_rt.pipeline.files import from_jsonl, to_json, to_jsonl
 from icon2_rt.pipeline.folder import Artifact, RunFolder
 from icon2_rt.pipeline.functions import load_function
@@ -239,6 +242,12 @@ def keep(
             "kept_histogram": {n: sum(item.criterion == n for item in kept) for n in verdict.names},
             "scores": {n: _spread(verdict.scores[:, column].tolist()) for column, n in enumerate(verdict.names)},
             "score": _spread(verdict.score.tolist()),
+            "distributions": {
+                "score": health.histograms({"clean": verdict.score.tolist(), "kept": [item.score for item in kept]}),
+                "by_criterion": health.histograms(
+                    {n: verdict.scores[:, column].tolist() for column, n in enumerate(verdict.names)}
+                ),
+            },
             "warnings": consistency.warnings(verdict),
         }
         artifact = job.folder.write(name, {path: to_jsonl(item.to_dict() for item in kept)}, inputs=raw, facts=facts)
@@ -350,6 +359,41 @@ def pairs(
         done += len(shard)
     job.watch("pairs", len(kept), len(kept))
     return artifacts
+
+
+def effect(job: Job, directions: Artifact, shards: Sequence[Artifact], direction_set: DirectionSet) -> dict[str, Any]:
+    """What the unsteered model makes of a sample of the pairs, beside responses of its own."""
+    name, path, inputs = "effect", "effect.json", [directions, *shards]
+    if job.folder.finished(name, inputs) is None:
+        job.watch("effect", 0, 1)
+        found = measure_effect(
+            job.rt,
+            job.frame,
+            _sampled(job, shards),
+            direction_set,
+            job.config.resolved_criteria(),
+            job.layers,
+            job.config.pairs,
+            job.eos,
+            job.config.seed,
+        )
+        job.folder.write(name, {path: to_json(found)}, inputs=inputs)
+    job.watch("effect", 1, 1)
+    return json.loads(job.folder.read(path))
+
+
+def _sampled(job: Job, shards: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """Records of the dataset, evenly spaced; only the shards that hold one are read."""
+    wanted = health.spaced(sum(shard.facts["pairs"] for shard in shards), SAMPLE)
+    found, first = [], 0
+    for shard in shards:
+        mine = [place - first for place in wanted if first <= place < first + shard.facts["pairs"]]
+        if mine:
+            [path] = shard.files
+            records = dataset.from_parquet(job.folder.read(path))
+            found += [records[place] for place in mine]
+        first += shard.facts["pairs"]
+    return found
 
 
 def to_lines(items: Sequence[Instruction]) -> bytes:
