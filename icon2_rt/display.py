@@ -99,6 +99,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
 def run_report(report: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> RenderableType:
     """Everything a run says about itself, in the order of its steps."""
     seconds = seconds or {}
+    if "baseline" in report:
+        shown = [baseline_table(report, _took(seconds, "instructions"))]
+        if report["counts"]["pairs"]:
+            shown.append(pairs_table(report, _took(seconds, "pairs"), "2"))
+        return Group(*shown, warnings_list(report["warnings"]))
     return Group(
         directions_table(
             report["directions"]["health"],
@@ -117,6 +122,14 @@ def _took(seconds: Mapping[str, float], *steps: str) -> str:
     """What a step's heading says about its time; nothing where it was done in an earlier run."""
     total = sum(seconds.get(step, 0.0) for step in steps)
     return f"  ({total:.1f} s)" if total >= 0.05 else ""
+
+
+def baseline_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
+    counts, baseline = report["counts"]["instructions"], report["baseline"]
+    rows = [["drawn or given", counts["drawn"]], ["clean", counts["clean"]]]
+    rows += [[f"  without a pair: {reason}", n] for reason, n in baseline["dropped"].items()]
+    rows.append(["pairs", report["counts"]["pairs"]])
+    return table(f"1. Instructions, for the baseline {baseline['recipe']}{took}", ["", "number"], rows)
 
 
 def directions_table(
@@ -229,7 +242,7 @@ def _range(values: Sequence[float | None]) -> str:
     return f"{min(there):.1%} to {max(there):.1%}" if there else "none"
 
 
-def pairs_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
+def pairs_table(report: Mapping[str, Any], took: str = "", number: str = "4") -> RenderableType:
     pairs = report["pairs"]
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     rows = [
@@ -248,7 +261,7 @@ def pairs_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
         f"{pairs['pairs']} pairs. Identical: {pairs['identical']:.1%}. Length chosen/rejected: "
         f"{pairs['length_ratio']:.2f}. Median first token that differs: {'none' if first is None else f'{first:g}'}."
     )
-    return table(f"4. Pairs{took}", ["", "chosen", "rejected"], rows, caption)
+    return table(f"{number}. Pairs{took}", ["", "chosen", "rejected"], rows, caption)
 
 
 def warnings_list(warnings: Sequence[str]) -> RenderableType:

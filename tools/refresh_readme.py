@@ -254,7 +254,9 @@ def _settings() -> str:
 
     def rows(cls: type, prefix: str) -> Iterator[list[str]]:
         for field in dataclasses.fields(cls):
-            section = {"calibration": config.CalibrationConfig}.get(field.name, field.default_factory)
+            section = {"calibration": config.CalibrationConfig, "baseline": config.BaselineConfig}.get(
+                field.name, field.default_factory
+            )
             if isinstance(section, type) and dataclasses.is_dataclass(section):
                 yield from rows(section, f"{prefix}{field.name}.")
             elif field.name != "criteria":

@@ -188,6 +188,26 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """Another recipe in place of the method, on the same engine, for the same kind of dataset: what it is compared with
+    (see :mod:`icon2_rt.pipeline.baselines`). ``samples`` is n (none: 5; for self_refine 3). ``judge`` is what best_of_n
+    asks: a sequence classification model (a path or hub id; ``label`` names the output that means good where it has
+    several), or a function of the user's own, from lists of instructions and responses to one number each. For
+    self_rewarding ``self_judge`` is "grade" (the mean of ``votes`` grades that the model writes) or "likelihood"."""
+
+    recipe: Literal["best_of_n", "self_rewarding", "self_refine", "opposing_prompts"] = option(_REQUIRED)
+    samples: int | None = option(None, at_least(1))
+    judge: str | None = option(None, not_empty)
+    label: str | None = option(None, not_empty)
+    self_judge: Literal["grade", "likelihood"] = option("grade")
+    votes: int = option(4, at_least(1))
+
+    @property
+    def n_samples(self) -> int:
+        return self.samples or (3 if self.recipe == "self_refine" else 5)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. Make one with :meth:`load` or :meth:`from_dict`, which check it.
 
@@ -206,6 +226,7 @@ class RunConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     calibration: CalibrationConfig | None = None
+    baseline: BaselineConfig | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -386,7 +407,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         ]
     if config.calibration is not None and any(not 0 < dose < 2 for dose in config.calibration.doses):
         errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
-    errors += _pair_contradictions(config)
+    errors += _pair_contradictions(config) + _baseline_contradictions(config)
     low, high = config.instructions.min_chars, config.instructions.max_chars
     if high is not None and high < low:
         errors.append(f"instructions.max_chars: must not be less than min_chars ({low}), got {high}")
@@ -425,10 +446,31 @@ def _pair_contradictions(config: RunConfig) -> list[str]:
     return errors
 
 
-def _without_effect(section: Any, path: str, names: tuple[str, ...]) -> list[str]:
+def _baseline_contradictions(config: RunConfig) -> list[str]:
+    baseline, errors = config.baseline, []
+    if baseline is None:
+        return []
+    if baseline.recipe == "best_of_n" and baseline.judge is None:
+        errors.append(f"baseline.judge: best_of_n needs one: a reward model's path or hub id, or {FUNCTION_FORM}")
+    if baseline.recipe in ("best_of_n", "self_rewarding") and baseline.n_samples < 2:
+        errors.append(f"baseline.samples: {baseline.recipe} chooses among samples, and needs at least 2")
+    steered = {
+        "directions": ("file", "method", "features_file"),
+        "filter": ("scale", "keep", "margin"),
+        "pairs": ("positive", "negative", "unit", "layers", "shape", "rungs", "directions", "weights", "shared_tokens"),
+    }
+    for path, names in steered.items():
+        section = getattr(config, path)
+        errors += _without_effect(section, path, names, "with [baseline]")
+    if config.calibration is not None:
+        errors.append("calibration: has no effect with [baseline]; leave it out")
+    return errors
+
+
+def _without_effect(section: Any, path: str, names: tuple[str, ...], why: str = "") -> list[str]:
     defaults = type(section)()
     changed = [name for name in names if getattr(section, name) != getattr(defaults, name)]
-    return [f"{path}.{name}: has no effect with {path}.file; leave it out" for name in changed]
+    return [f"{path}.{name}: has no effect {why or f'with {path}.file'}; leave it out" for name in changed]
 
 
 def given_strengths(pairs: PairsConfig, names: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
@@ -487,7 +529,12 @@ def _resolve_files(config: RunConfig, folder: Path | None, errors: list[str]) ->
     )
     instructions = dataclasses.replace(config.instructions, file=resolve(config.instructions.file, "instructions.file"))
     filter_ = dataclasses.replace(config.filter, scale=resolve_function(config.filter.scale, "filter.scale"))
-    return dataclasses.replace(config, directions=directions, instructions=instructions, filter=filter_)
+    baseline = config.baseline
+    if baseline is not None and baseline.judge is not None:
+        baseline = dataclasses.replace(baseline, judge=resolve_function(baseline.judge, "baseline.judge"))
+    return dataclasses.replace(
+        config, directions=directions, instructions=instructions, filter=filter_, baseline=baseline
+    )
 
 
 def _read(cls: type, table: Any, path: str, errors: list[str]) -> Any:

@@ -33,6 +33,7 @@ def asked_for(config: RunConfig) -> dict[str, Any]:
         "directions.features_file": config.directions.features_file,
         "instructions.file": config.instructions.file,
         "filter.scale": function_file(config.filter.scale),
+        "baseline.judge": function_file((config.baseline and config.baseline.judge) or ""),
     }
     checksums = {key: sha256(Path(path).read_bytes()) for key, path in named.items() if path is not None}
     return {"config": config.to_dict(), "files": checksums}

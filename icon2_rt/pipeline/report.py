@@ -26,11 +26,13 @@ def compose(
     probed = set(health.spaced(sum(shard.facts["pairs"] for shard in shards), separability.PAIRS))
     figures: list[dict[str, Any]] = []
     texts = []
+    columns: list[str] = []
     for shard in shards:
         for path in shard.files:
             for record in dataset.from_parquet(job.folder.read(path)):
                 if len(figures) in probed:
                     texts.append((record["chosen"][0]["content"], record["rejected"][0]["content"]))
+                columns = columns or list(dataset.columns_of(record))
                 figures.append(health.without_text(record))
     keys = ("kept_share", "histogram", "kept_histogram", "scores", "score", "distributions", "warnings")
     report: dict[str, Any] = {
@@ -40,6 +42,7 @@ def compose(
             "pairs": len(figures),
             "shards": len(shards),
         },
+        "columns": columns,
         "directions": {
             "names": direction_set.names,
             "health": health.direction_health(direction_set),
@@ -74,7 +77,8 @@ def card(config: RunConfig, report: Mapping[str, Any]) -> str:
     if report["warnings"]:
         lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
     lines += ["", "`report.json` has every figure, `manifest.json` what the run was made with."]
-    return dataset.card("Steered preference pairs", "\n".join(lines))
+    columns = dataset.columns_of(dict.fromkeys(report["columns"]))
+    return dataset.card("Steered preference pairs", "\n".join(lines), columns)
 
 
 def _gamma(by_criterion: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from icon2_rt.pipeline import dataset, manifest, stages
+from icon2_rt.pipeline import comparison, dataset, manifest, stages
 from icon2_rt.pipeline.config import RunConfig, controlled_layers
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
@@ -100,6 +100,20 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         about = before or manifest.compose(config, identity, frame, layers, eos)
         folder.write_manifest(about)
 
+        def finish(report: dict[str, Any], readme: str) -> RunResult:
+            folder.write_result("report.json", to_json(report))
+            folder.write_result("README.md", readme.encode())
+            finished = {**about, "counts": report["counts"], "finished": True}
+            folder.write_manifest(finished)
+            folder.log("finished")
+            return RunResult(folder.path, report, finished, seconds)
+
+        if config.baseline is not None:
+            judge = timed("judge", lambda: comparison.load_judge(job))
+            raw, scored = timed("instructions", lambda: stages.instructions(job, None, None))
+            shards, counts = timed("pairs", lambda: comparison.pairs(job, raw, scored, judge))
+            report = comparison.compose(job, counts, shards)
+            return finish(report, comparison.card(config, report))
         features, feature_list = timed("feature instructions", lambda: stages.feature_instructions(job))
         directions, direction_set = timed("directions", lambda: stages.directions(job, features, feature_list))
         raw, scored = timed("instructions", lambda: stages.instructions(job, directions, direction_set))
@@ -111,9 +125,4 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
 
         effect = timed("effect", lambda: stages.effect(job, directions, shards, direction_set))
         report = compose(job, direction_set, features, kept, strong, shards, effect)
-        folder.write_result("report.json", to_json(report))
-        folder.write_result("README.md", card(config, report).encode())
-        about = {**about, "counts": report["counts"], "finished": True}
-        folder.write_manifest(about)
-        folder.log("finished")
-        return RunResult(folder.path, report, about, seconds)
+        return finish(report, card(config, report))

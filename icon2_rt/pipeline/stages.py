@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # How many instructions the mean residual norm is taken over; it varies by a few per cent between instructions.
 NORM_SAMPLE = 64
+
+T = TypeVar("T")
 
 Watch = Callable[[str, int, int], None]  # step, done, total
 
@@ -142,21 +144,27 @@ def _check_directions(job: Job, made: DirectionSet) -> None:
             raise ValueError(f"pairs.layers: direction {d.name!r} has no vector on blocks {list(job.layers)}")
 
 
-def instructions(job: Job, directions: Artifact, direction_set: DirectionSet) -> tuple[list[Artifact], Scored]:
-    """Step 2a, or the instructions of ``instructions.file``: D_raw by shards, each with its projections."""
+def instructions(
+    job: Job, directions: Artifact | None, direction_set: DirectionSet | None
+) -> tuple[list[Artifact], Scored]:
+    """Step 2a, or the instructions of ``instructions.file``: D_raw by shards, each with its projections.
+
+    Without directions (a baseline has none) there are no projections: ``[n, 0, n_layers]``.
+    """
     config = job.config.instructions
+    inputs = [] if directions is None else [directions]
     given: dict[int, Mapping[str, Any]] = {}
     work: Sequence[Any]  # instructions, or the ids of draws
     if config.file is not None:
         read = read_instructions(config.file)
         given = {instruction.id: record for instruction, record in read}
-        _check_given_criteria(given, direction_set)
+        _check_given_criteria(given, direction_set.names if direction_set else list(job.config.resolved_criteria()))
         work = [instruction for instruction, _ in read]
     else:
         first = job.config.directions.features  # the draws before it are the feature instructions
         work = range(first, first + config.draws)
     room = job.room
-    if job.config.filter.scale == "contrast":  # they are read under the system prompts too
+    if job.config.filter.scale == "contrast" or direction_set is None:  # they are read under the system prompts too
         room -= system_tokens(job.rt, job.frame, job.config.resolved_criteria())
     artifacts: list[Artifact] = []
     found: list[Instruction] = []
@@ -165,19 +173,19 @@ def instructions(job: Job, directions: Artifact, direction_set: DirectionSet) ->
         job.watch("instructions", start, len(work))
         number = len(artifacts)
         name, stem = f"instructions-{number:05d}", f"instructions/shard-{number:05d}"
-        artifact = job.folder.finished(name, [directions])
+        artifact = job.folder.finished(name, inputs)
         if artifact is None:
             shard: Sequence[Any] = work[start : start + config.shard_size]
             if config.file is not None:
                 drawn, counts = _those_that_fit(job, shard, room)
             else:
                 drawn, counts = synthesise(job.rt, job.frame, shard, config, job.config.seed, room)
-            projected = torch.empty(0, len(direction_set), job.rt.spec.n_layers)
-            if drawn:
+            projected = torch.empty(len(drawn), len(direction_set or ()), job.rt.spec.n_layers)
+            if drawn and direction_set is not None:
                 projected = _project(job, drawn, direction_set)
             files = {f"{stem}.jsonl": to_lines(drawn), f"{stem}.safetensors": _tensor_bytes(projected)}
             facts = {"counts": _counts(counts, len(drawn))}
-            artifact = job.folder.write(name, files, inputs=[directions], facts=facts)
+            artifact = job.folder.write(name, files, inputs=inputs, facts=facts)
         artifacts.append(artifact)
         found += _from_lines(job.folder.read(f"{stem}.jsonl"), stem)
         projections.append(_tensor(job.folder.read(f"{stem}.safetensors")))
@@ -200,14 +208,32 @@ def _those_that_fit(job: Job, given: Sequence[Instruction], room: int) -> tuple[
     return fitting, Counter({"drawn": len(given), "too long": len(given) - len(fitting)})
 
 
-def _check_given_criteria(given: Mapping[int, Mapping[str, Any]], direction_set: DirectionSet) -> None:
+def _check_given_criteria(given: Mapping[int, Mapping[str, Any]], names: Sequence[str]) -> None:
     for number, record in given.items():
         criterion = record.get("criterion")
-        if criterion is not None and criterion not in direction_set.names:
+        if criterion is not None and criterion not in names:
             raise ValueError(
-                f"instructions.file: instruction {number} wants the criterion {criterion!r}; "
-                f"there are {direction_set.names}"
+                f"instructions.file: instruction {number} wants the criterion {criterion!r}; there are {names}"
             )
+
+
+def distinct(
+    raw: Sequence[Artifact], scored: Scored, seen: Sequence[Instruction] = ()
+) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions without duplicates over all shards, and the counts of the whole.
+
+    Raises:
+        ValueError: none is left.
+    """
+    unique, duplicates = without_duplicates(scored.instructions, seen)
+    counts = sum((Counter(a.facts["counts"]) for a in raw), Counter())
+    counts["duplicate"] = duplicates
+    if not unique:
+        raise ValueError(
+            f"no usable instruction came of {counts['drawn']} ({_dropped(counts)}): raise instructions.draws or "
+            f"instructions.max_new_tokens, or give instructions.file"
+        )
+    return unique, _counts(counts, len(unique))
 
 
 def keep(
@@ -220,14 +246,7 @@ def keep(
         # What the model wrote for the directions and the calibration is not used twice; a user's own files are theirs.
         seen = features if job.config.instructions.file is None else ()
         row_of = {instruction.id: row for row, instruction in enumerate(scored.instructions)}
-        unique, duplicates = without_duplicates(scored.instructions, seen)
-        counts = sum((Counter(a.facts["counts"]) for a in raw), Counter())
-        counts["duplicate"] = duplicates
-        if not unique:
-            raise ValueError(
-                f"no usable instruction came of {counts['drawn']} ({_dropped(counts)}): raise instructions.draws or "
-                f"instructions.max_new_tokens, or give instructions.file"
-            )
+        unique, counts = distinct(raw, scored, seen)
         rows = [row_of[instruction.id] for instruction in unique]
         verdict = _judge(job, unique, scored.projections[rows], direction_set)
         verdict = consistency.with_given(verdict, [scored.given[row] for row in rows])
@@ -236,7 +255,7 @@ def keep(
             raise ValueError(f"filter.margin: no instruction reaches {job.config.filter.margin}; lower it")
         kept = [_kept(unique[i], verdict, i) for i in chosen]
         facts = {
-            "counts": {**_counts(counts, len(unique)), "kept": len(kept)},
+            "counts": {**counts, "kept": len(kept)},
             "kept_share": len(kept) / len(unique),
             "histogram": verdict.histogram,
             "kept_histogram": {n: sum(item.criterion == n for item in kept) for n in verdict.names},
@@ -321,18 +340,28 @@ def _with_criteria(job: Job, sample: Sequence[Instruction], direction_set: Direc
     return [_kept(instruction, verdict, row) for row, instruction in enumerate(sample)]
 
 
-def pairs(
-    job: Job, inputs: Sequence[Artifact], kept: Sequence[Kept], direction_set: DirectionSet, strengths: Strengths
-) -> list[Artifact]:
-    """Step 3 by shards: a shard is a fixed list of kept instructions, decoded in one call."""
+def data_shards(job: Job, items: Sequence[T]) -> tuple[list[Sequence[T]], list[str]]:
+    """What is answered, cut into shards, and the file of each.
+
+    Raises:
+        ValueError: the data folder holds files that this run does not write.
+    """
     size = job.config.pairs.shard_size
-    shards = [kept[i : i + size] for i in range(0, len(kept), size)]
+    shards = [items[i : i + size] for i in range(0, len(items), size)]
     paths = [f"data/shard-{number:05d}.parquet" for number in range(len(shards))]
     if strangers := job.folder.strangers("data", paths):
         raise ValueError(
             f"out: {job.folder.path}/data holds {', '.join(strangers[:3])}, which this run did not write and a dataset "
             f"loader would read along; move it away"
         )
+    return shards, paths
+
+
+def pairs(
+    job: Job, inputs: Sequence[Artifact], kept: Sequence[Kept], direction_set: DirectionSet, strengths: Strengths
+) -> list[Artifact]:
+    """Step 3 by shards: a shard is a fixed list of kept instructions, decoded in one call."""
+    shards, paths = data_shards(job, kept)
     artifacts = []
     done = 0
     for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):

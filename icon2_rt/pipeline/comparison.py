@@ -1,0 +1,113 @@
+"""A run of a baseline: instructions as in any run, then one of the recipes in place of directions, filter and steering.
+
+It has a run's folder, records and manifest, and continues like one, so that the method and what it is compared with
+differ in nothing but the recipe.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from icon2_rt.pipeline import baselines, checks, dataset, health, separability, stages
+from icon2_rt.pipeline.config import BaselineConfig, RunConfig
+from icon2_rt.pipeline.effect import token_ids
+from icon2_rt.pipeline.folder import Artifact
+from icon2_rt.pipeline.functions import is_function, load_function
+from icon2_rt.pipeline.judges import Judge, RewardModel
+from icon2_rt.pipeline.stages import Job, Scored
+
+MEANINGS = {
+    "criterion": "the criterion whose system prompts wrote the pair (opposing prompts; else null)",
+    **dict.fromkeys(("score", "margin", "strength_positive", "strength_negative"), "null: nothing is steered"),
+    "chosen": "the better response",
+    "rejected": "the other one",
+}
+
+
+def load_judge(job: Job) -> Judge | None:
+    """What best-of-n asks, loaded before any work; None for the recipes that ask nobody."""
+    baseline = _settings(job)
+    if baseline.recipe != "best_of_n" or baseline.judge is None:
+        return None
+    if is_function(baseline.judge):
+        return load_function(baseline.judge, "baseline.judge")
+    return RewardModel.load(baseline.judge, baseline.label, job.rt.device)
+
+
+def pairs(
+    job: Job, raw: Sequence[Artifact], scored: Scored, judge: Judge | None
+) -> tuple[list[Artifact], dict[str, int]]:
+    """The recipe's records by shards, and the counts of the instructions behind them."""
+    unique, counts = stages.distinct(raw, scored)
+    criterion_of = dict(zip((item.id for item in scored.instructions), scored.given, strict=True))
+    shards, paths = stages.data_shards(job, unique)
+    artifacts: list[Artifact] = []
+    done = 0
+    for shard, path in zip(shards, paths, strict=True):
+        job.watch("pairs", done, len(unique))
+        name = f"pairs-{len(artifacts):05d}"
+        artifact = job.folder.finished(name, raw)
+        if artifact is None:
+            records, dropped = baselines.make(
+                job.rt,
+                job.frame,
+                shard,
+                [criterion_of[item.id] for item in shard],
+                _settings(job),
+                job.config.pairs,
+                job.config.resolved_criteria(),
+                job.eos,
+                job.config.seed,
+                judge,
+            )
+            files = {path: dataset.to_parquet(records)} if records else {}
+            facts = {"pairs": len(records), "dropped": dict(sorted(dropped.items()))}
+            artifact = job.folder.write(name, files, inputs=raw, facts=facts)
+            job.folder.log("shard", name=name)
+        artifacts.append(artifact)
+        done += len(shard)
+    job.watch("pairs", len(unique), len(unique))
+    return artifacts, {**counts, "kept": len(unique)}
+
+
+def compose(job: Job, counts: Mapping[str, int], shards: Sequence[Artifact]) -> dict[str, Any]:
+    """The content of ``report.json`` for a baseline."""
+    records = [r for shard in shards for path in shard.files for r in dataset.from_parquet(job.folder.read(path))]
+    probed = [records[i] for i in health.spaced(len(records), separability.PAIRS)]
+    texts = [(record["chosen"][0]["content"], record["rejected"][0]["content"]) for record in probed]
+    dropped = sum((Counter(shard.facts["dropped"]) for shard in shards), Counter())
+    report: dict[str, Any] = {
+        "baseline": {"recipe": _settings(job).recipe, "samples": _settings(job).n_samples, "dropped": dict(dropped)},
+        "counts": {"instructions": dict(counts), "pairs": len(records), "shards": len(shards)},
+        "columns": list(dataset.columns_of(records[0])) if records else [],
+        "pairs": health.pair_health([health.without_text(record) for record in records]),
+        "separability": separability.probe(texts, token_ids(job.rt)),
+    }
+    found = checks.examine(report)
+    lost = [f"{dropped.total()} of {counts['kept']} instructions gave no pair"] if dropped else []
+    return {"checks": [check.to_dict() for check in found], "warnings": [*lost, *checks.warnings(found)], **report}
+
+
+def card(config: RunConfig, report: Mapping[str, Any]) -> str:
+    """The content of ``README.md`` for a baseline."""
+    assert config.baseline is not None
+    pairs, counts = report["pairs"], report["counts"]["instructions"]
+    lines = [
+        f"Made by icon2_rt from `{config.model}` with the baseline `{config.baseline.recipe}`.",
+        "",
+        f"- {report['counts']['pairs']} pairs from {counts['clean']} instructions of {counts['drawn']}",
+    ]
+    if report["counts"]["pairs"]:
+        lines.append(f"- length ratio chosen/rejected {pairs['length_ratio']:.2f}")
+    if report["warnings"]:
+        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
+    lines += ["", "`report.json` has every figure, `manifest.json` what the run was made with."]
+    columns = {name: MEANINGS.get(name, (dataset.COLUMNS | dataset.OPTIONAL)[name]) for name in report["columns"]}
+    return dataset.card("Preference pairs of a baseline", "\n".join(lines), columns)
+
+
+def _settings(job: Job) -> BaselineConfig:
+    assert job.config.baseline is not None
+    return job.config.baseline
