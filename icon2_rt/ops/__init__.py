@@ -11,11 +11,13 @@ import torch
 
 from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
 from icon2_rt.ops.attention import AttentionItems, Segment, grouped_decode_attention, prefill_attention
+from icon2_rt.ops.begin_step import begin_step, rotary
 from icon2_rt.ops.linear import linear
 from icon2_rt.ops.philox import exponential_noise, philox, row_seeds
 from icon2_rt.ops.rope_append import rope_append
 from icon2_rt.ops.sample import RowSampling, sample
 from icon2_rt.ops.silu_mul import silu_mul
+from icon2_rt.ops.state import RowState
 
 Backend = Literal["reference", "triton", "native"]
 BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native")
@@ -26,6 +28,7 @@ class Ops:
     """One implementation of every op; same names, argument order and layout in all of them."""
 
     backend: Backend
+    begin_step: Callable = begin_step
     add_steer_rmsnorm: Callable = add_steer_rmsnorm
     rope_append: Callable = rope_append
     grouped_decode_attention: Callable = grouped_decode_attention
@@ -66,16 +69,19 @@ __all__ = [
     "Backend",
     "Ops",
     "RowSampling",
+    "RowState",
     "RowSteering",
     "Segment",
     "add_steer_rmsnorm",
     "available",
+    "begin_step",
     "exponential_noise",
     "grouped_decode_attention",
     "linear",
     "philox",
     "prefill_attention",
     "rope_append",
+    "rotary",
     "row_seeds",
     "sample",
     "select",

@@ -15,81 +15,164 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icon2_rt.ops.state import RowState
+
 
 @dataclass(frozen=True)
 class AttentionItems:
-    """n work items of one decode step, each at most R rows wide and one split (P pages of page_size tokens) long.
+    """n work items, each at most R rows wide and one split (P pages of page_size tokens) long, for ``batch`` rows.
+
+    The first six say which items there are, and change when rows join, leave or come near the next split; the last two
+    follow from the rows' positions and are written by every step (:meth:`update`).
 
     Attributes:
-        rows: ``[n, R]`` int64, the rows of each item (unused places repeat any row; nothing refers to their result).
-        pages: ``[n, P]`` int64, the pages of the split (unused places repeat any page; ``mask`` hides them).
-        mask: ``[n, 1, 1, P · page_size]`` in q's dtype, 0 where the position exists and -inf where it does not; at
-            least one exists in every item.
-        merge: ``[batch, M]`` int64, for every row its items' places in the flattened ``n · R``, by position. None where
-            item i is all of row i and of nothing else.
-        merge_mask: ``[batch, M, 1]`` fp32, -inf for a row with fewer than M items.
+        rows: ``[n, R]`` int32, the rows of each item, -1 in unused places. R times the query heads of a KV head is at
+            most 16 where a kernel reads them: one tensor-core tile. A larger group is several adjacent items.
+        pages: ``[n, P]`` int32, the pages of the split (any valid page where a split is not filled).
+        splits: ``[n]`` int32, which split of its rows: it begins at position split · split size. Rows that share an
+            item have all of its split behind them.
+        layers: ``[n, 2]`` int32, the blocks [first, last) for which the item holds.
+        count: ``[1]`` int32, how many of the n there are; what comes after is to be passed over.
+        starts: ``[batch]`` int32: a row's split s has its partial result at place ``starts[row] + s``.
+        lengths: ``[n]`` int32, how many positions of the split exist now; 0 = nobody needs the item now.
+        n_splits: ``[batch]`` int32, how many partial results a row has now; 0 for a seat that is not running.
+        split: positions of a split. n_partials: how many places there are for partial results.
+        dense: the host knows that all n items and all rows count in this step.
     """
 
     rows: Tensor
     pages: Tensor
-    mask: Tensor
-    merge: Tensor | None
-    merge_mask: Tensor
+    splits: Tensor
+    layers: Tensor
+    count: Tensor
+    starts: Tensor
+    lengths: Tensor
+    n_splits: Tensor
+    split: int
+    n_partials: int
+    dense: bool = False
+
+    def update(self, state: RowState) -> None:
+        """Write ``lengths`` and ``n_splits`` for the positions in ``state``."""
+        first = self.rows[:, 0].clamp(min=0)
+        lengths = (state.positions[first] + 1 - self.splits * self.split).clamp(0, self.split)
+        n_splits = state.positions // self.split + 1
+        if not self.dense:
+            wanted = (state.running[self.rows.clamp(min=0)] & (self.rows >= 0)).any(dim=1)
+            wanted &= torch.arange(len(wanted), device=wanted.device) < self.count
+            lengths = torch.where(wanted, lengths, 0)
+            n_splits = torch.where(state.running, n_splits, 0)
+        self.lengths.copy_(lengths)
+        self.n_splits.copy_(n_splits)
+        for by_head in self._by_head.values():
+            by_head.masks.clear()
 
     @cached_property
-    def _by_head(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+    def _held(self) -> dict[int, tuple[int, ...]]:
         return {}
 
-    def by_head(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``rows``, ``merge`` and ``merge_mask`` spelled out for every head: each is then one gather of head vectors.
+    @cached_property
+    def _by_head(self) -> dict[tuple[tuple[int, ...], int, int], ItemsByHead]:
+        return {}
 
-        Returns:
-            ``[n · KV · R · g]`` int64, where in ``q [batch · H, d]`` each query of the items is (g = H / KV heads share
-            a KV head); ``[M · batch · H]`` int64, where in the items' results, laid out ``[n, R · g, KV]``, the parts
-            of each row's heads are; ``[M, batch · H]`` fp32. Worked out once for all blocks and steps.
-        """
-        assert self.merge is not None
-        if (heads, kv_heads) not in self._by_head:
-            group = heads // kv_heads
-            head = torch.arange(heads, device=self.rows.device)
-            by_kv = head.view(kv_heads, 1, group)
-            query = self.rows[:, None, :, None] * heads + by_kv  # [n, KV, R, g]
-            place = self.merge.t()[..., None] * group + head % group  # [M, batch, H]: item · R · g + place in it
-            mask = self.merge_mask.transpose(0, 1).expand(-1, -1, heads)
-            self._by_head[heads, kv_heads] = (
-                query.flatten(),
-                (place * kv_heads + head // group).flatten(),
-                mask.reshape(len(mask), -1),
-            )
-        return self._by_head[heads, kv_heads]
+    def by_head(self, layer: int, heads: int, kv_heads: int) -> ItemsByHead:
+        """The items that hold at ``layer``, spelled out for the reference: worked out once, for as long as the first
+        six tensors are what they are."""
+        if layer not in self._held:
+            held = (self.layers[:, 0] <= layer) & (layer < self.layers[:, 1])
+            held &= torch.arange(len(held), device=held.device) < self.count
+            self._held[layer] = tuple(held.nonzero()[:, 0].tolist())
+        key = (self._held[layer], heads, kv_heads)
+        if key not in self._by_head:
+            self._by_head[key] = _spell_out(self, torch.tensor(key[0], device=self.rows.device), heads, kv_heads)
+        return self._by_head[key]
+
+
+@dataclass(frozen=True)
+class ItemsByHead:
+    """The items of some blocks with an index for every head, so that each gather is one of head vectors.
+
+    Attributes:
+        items: ``[n]`` int64, which of all items these are. pages: ``[n · P]`` int32.
+        query: ``[n · KV · R · g]`` int64, where in ``q [batch · H, d]`` each query of the items is (g = H / KV heads
+            share a KV head; an unused place repeats row 0). None where item i is all of row i and of nothing else.
+        merge: ``[M · batch · H]`` int64, where in the items' results, laid out ``[n, R · g, KV]``, the parts of each
+            row's heads are, by position. merge_mask: ``[M, batch · H]`` fp32, -inf where a row has no such part.
+        masks: what this step's lengths make of it; see :meth:`mask`.
+    """
+
+    items: Tensor
+    pages: Tensor
+    query: Tensor | None
+    merge: Tensor
+    merge_mask: Tensor
+    masks: dict[torch.dtype, Tensor]
+
+    def mask(self, lengths: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+        """``[n, 1, 1, span]``: 0 where a position exists in this step, -inf where it does not. An item without any
+        shows its first, so that its softmax is finite."""
+        if dtype not in self.masks:
+            hidden = torch.arange(span, device=lengths.device) >= lengths[self.items].clamp(min=1)[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(hidden, -torch.inf)
+            self.masks[dtype] = mask[:, None, None, :]
+        return self.masks[dtype]
+
+
+def _spell_out(items: AttentionItems, index: Tensor, heads: int, kv_heads: int) -> ItemsByHead:
+    rows, splits = items.rows[index].long(), items.splits[index].long()
+    (n, width), batch, group = rows.shape, len(items.starts), heads // kv_heads
+    head = torch.arange(heads, device=rows.device)
+    query = rows.clamp(min=0)[:, None, :, None] * heads + head.view(kv_heads, 1, group)  # [n, KV, R, g]
+    depth = int(splits.max()) + 1
+    used = rows >= 0
+    at = (splits[:, None].expand_as(rows)[used], rows[used])
+    place = torch.zeros(depth, batch, dtype=torch.int64, device=rows.device)
+    place[at] = torch.arange(n * width, device=rows.device).view(n, width)[used]
+    there = torch.full((depth, batch), -torch.inf, device=rows.device)
+    there[at] = 0.0
+    merge = (place[..., None] * group + head % group) * kv_heads + head // group
+    alone = depth == 1 and width == 1 and n == batch and bool((rows[:, 0] == torch.arange(n, device=rows.device)).all())
+    return ItemsByHead(
+        items=index,
+        pages=items.pages[index].flatten(),
+        query=None if alone else query.flatten(),
+        merge=merge.flatten(),
+        merge_mask=there[..., None].expand(-1, -1, heads).reshape(depth, -1),
+        masks={},
+    )
 
 
 def grouped_decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, items: AttentionItems, scale: float
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, items: AttentionItems, scale: float, layer: int
 ) -> Tensor:
     """One query position per row against the KV that its items name.
 
     Args:
-        q: ``[batch, H, d]``. k_pages, v_pages: ``[pages, page_size, KV, d]`` of this block. scale: 1/√d.
+        q: ``[batch, H, d]``. k_pages, v_pages: ``[pages, page_size, KV, d]`` of block ``layer``. scale: 1/√d.
 
     Returns:
-        ``[batch, H · d]`` in q's dtype; softmax and the merge are fp32.
+        ``[batch, H · d]`` in q's dtype; softmax and the merge are fp32. 0 for a seat that is not running.
     """
     batch, heads, d = q.shape
-    n, r = items.rows.shape
     kv_heads = k_pages.shape[2]
-    group = heads // kv_heads
+    here = items.by_head(layer, heads, kv_heads)
+    n, group = len(here.items), heads // kv_heads
     attend = attend_with_lse_on_cpu if q.device.type == "cpu" else attend_with_lse
-    k, v = _gather(k_pages, items.pages), _gather(v_pages, items.pages)  # [n, KV, S, d]
-    if items.merge is None:
-        out, _ = attend(q.view(n, kv_heads, group, d), k, v, items.mask, scale)
+    k, v = _gather(k_pages, here.pages, n), _gather(v_pages, here.pages, n)  # [n, KV, S, d]
+    mask = here.mask(items.lengths, k.shape[2], q.dtype)
+    if here.query is None and items.dense:
+        out, _ = attend(q.view(n, kv_heads, group, d), k, v, mask, scale)
         return out.reshape(batch, heads * d)
-    query, merge, merge_mask = items.by_head(heads, kv_heads)
-    q = q.reshape(-1, d).index_select(0, query).view(n, kv_heads, r * group, d)
-    out, lse = attend(q, k, v, items.mask, scale)
-    parts = out.transpose(1, 2).reshape(-1, d).index_select(0, merge).view(*merge_mask.shape, d)
-    lse = lse.transpose(1, 2).reshape(-1).index_select(0, merge).view(merge_mask.shape)
-    weight = (lse + merge_mask).softmax(dim=0)  # [M, batch · H]
+    query = torch.arange(batch * heads, device=q.device) if here.query is None else here.query
+    q = q.reshape(-1, d).index_select(0, query).view(n, kv_heads, -1, d)
+    out, lse = attend(q, k, v, mask, scale)
+    if not items.dense:
+        lse = lse.masked_fill((items.lengths[here.items] == 0)[:, None, None], -torch.inf)
+    parts = out.transpose(1, 2).reshape(-1, d).index_select(0, here.merge).view(*here.merge_mask.shape, d)
+    lse = lse.transpose(1, 2).reshape(-1).index_select(0, here.merge).view(here.merge_mask.shape)
+    weight = (lse + here.merge_mask).softmax(dim=0)  # [M, batch · H]
+    if not items.dense:
+        weight = weight.nan_to_num(0.0)  # a row without any part
     return (weight[..., None] * parts).sum(dim=0).to(q.dtype).view(batch, heads * d)
 
 
@@ -117,11 +200,10 @@ def attend_with_lse_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale:
     return out, lse
 
 
-def _gather(pages: Tensor, index: Tensor) -> Tensor:
-    """``[pages, page_size, KV, d]`` and ``[n, P]`` → ``[n, KV, P · page_size, d]``."""
-    _, page_size, kv_heads, d = pages.shape
-    n, p = index.shape
-    return pages.index_select(0, index.view(-1)).view(n, p * page_size, kv_heads, d).transpose(1, 2)
+def _gather(pages: Tensor, index: Tensor, n: int) -> Tensor:
+    """``[pages, page_size, KV, d]`` and ``[n · P]`` → ``[n, KV, P · page_size, d]``."""
+    _, _, kv_heads, d = pages.shape
+    return pages.index_select(0, index).view(n, -1, kv_heads, d).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -153,8 +235,8 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Seq
     for s in segments:
         n = s.end - s.begin
         length = s.start + n
-        k = _gather(k_pages, s.pages[None])[:, :, :length]
-        v = _gather(v_pages, s.pages[None])[:, :, :length]
+        k = _gather(k_pages, s.pages, 1)[:, :, :length]
+        v = _gather(v_pages, s.pages, 1)[:, :, :length]
         # torch's is_causal is aligned top-left: right only where there is no earlier KV.
         mask = None if s.start == 0 else torch.ones(n, length, dtype=torch.bool, device=q.device).tril(s.start)
         queries = q[s.begin : s.end].transpose(0, 1)[None]

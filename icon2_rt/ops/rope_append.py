@@ -26,7 +26,8 @@ def rope_append(
             which is negative in the first: x rotated is x · cos + roll(x, d/2) · sin.
         q_norm, k_norm: ``[d]`` RMSNorm weights (Qwen3) or None. eps: their epsilon.
         k_pages, v_pages: ``[pages, page_size, KV, d]`` of this block; written in place.
-        slots: ``[rows]`` int64, page · page_size + offset; no two rows have the same.
+        slots: ``[rows]`` int64, page · page_size + offset; no two rows have the same. A row of slot -1
+            writes nothing.
 
     Returns:
         q ``[rows, H, d]``, rotated.
@@ -38,7 +39,10 @@ def rope_append(
     if q_norm is not None and k_norm is not None:
         qk = torch.cat([_rms_norm(qk[:, :q_heads], q_norm, eps), _rms_norm(qk[:, q_heads:], k_norm, eps)], dim=1)
     qk = torch.addcmul(qk * cos, qk.roll(d // 2, dims=-1), sin)
-    k_pages.view(-1, kv_heads, d).index_copy_(0, slots, qk[:, q_heads:])
+    k, writes = qk[:, q_heads:], slots >= 0
+    if not writes.all():
+        k, v, slots = k[writes], v[writes], slots[writes]
+    k_pages.view(-1, kv_heads, d).index_copy_(0, slots, k)
     v_pages.view(-1, kv_heads, d).index_copy_(0, slots, v)
     return qk[:, :q_heads]
 
