@@ -44,6 +44,7 @@ class Runtime:
         kv_memory: bytes (or ``"8GiB"``) for KV pages; None: half of the free RAM, or 90 % of what a GPU has free.
         max_rows: rows decoded together; further ones wait. page_size: tokens a KV page.
         split_pages: pages an attention split (positions that are read together). prefill_chunk: tokens a prefill pass.
+        cuda_graphs: replay a decode step as one graph where the device and the backend can.
         max_directions, max_terms: the direction bank's slots, and the most terms of one steering.
 
     Raises:
@@ -65,6 +66,7 @@ class Runtime:
         page_size: int = 32,
         split_pages: int = 4,
         prefill_chunk: int = 2048,
+        cuda_graphs: bool = True,
     ):
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
@@ -73,7 +75,7 @@ class Runtime:
             )
         options = EngineOptions(
             kv_memory=kv_memory, page_size=page_size, split_pages=split_pages, max_rows=max_rows,
-            max_directions=max_directions, max_terms=max_terms, prefill_chunk=prefill_chunk,
+            max_directions=max_directions, max_terms=max_terms, prefill_chunk=prefill_chunk, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         family = models.family_of(model)
         where = _device(device)
@@ -653,6 +655,7 @@ class Prefix:
 
 _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
+    "cuda_graphs",
 )  # fmt: skip
 
 

@@ -387,10 +387,14 @@ class CompiledSteering:
     def n_terms(self) -> int:
         return len(self.vectors)
 
-    @property
-    def active(self) -> Tensor:
-        """``[n_layers]`` bool: does anything happen after this block?"""
-        return ((self.alpha != 0) | (self.beta != 0)).any(dim=0)
+    @cached_property
+    def terms(self) -> ActiveTerms:
+        """The terms that act at each block, first places first."""
+        alpha, beta = self.alpha.numpy().T, self.beta.numpy().T  # [n_layers, K]
+        acts = (alpha != 0) | (beta != 0)
+        which = np.argsort(~acts, axis=1, kind="stable")
+        taken = [np.take_along_axis(x, which, axis=1) for x in (alpha, beta)]
+        return ActiveTerms(acts.sum(axis=1), which, *taken)
 
     @cached_property
     def effects(self) -> tuple[object, ...]:
@@ -404,6 +408,17 @@ class CompiledSteering:
         """Equal for two steerings that do the same; hashable."""
         alpha, beta = self.alpha.numpy().tobytes(), self.beta.numpy().tobytes()
         return (self.keys, alpha, beta, self.scope, self.keep_norm)
+
+
+@dataclass(frozen=True)
+class ActiveTerms:
+    """A compiled steering block by block: ``count [n_layers]`` terms act; ``which``, ``alpha``, ``beta``
+    ``[n_layers, K]`` have those first, in their order, and (0, 0) in the other places."""
+
+    count: np.ndarray
+    which: np.ndarray
+    alpha: np.ndarray
+    beta: np.ndarray
 
 
 def compile_steering(steering: Steering | None, n_layers: int, hidden_size: int) -> CompiledSteering | None:

@@ -163,9 +163,9 @@ def test_the_steps_of_a_batch_are_as_many_as_its_longest_rows():
     fed = []
     from icon2_rt.engine import batch
 
-    original = batch.Batch.step
+    original = batch.Batch.launch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch.Batch, "step", lambda self: fed.append(len(self.rows)) or original(self))
+        patch.setattr(batch.Batch, "launch", lambda self: fed.append(len(self.rows)) or original(self))
         completions = rt.generate(prompts, **options)
     lengths = [len(c.token_ids) for c in completions]
     assert sum(fed) == sum(lengths)
@@ -186,7 +186,7 @@ def test_an_interrupt_in_the_middle_gives_every_page_back():
     from icon2_rt.engine import batch, prefill
 
     expected = rt.generate_branches(PROMPTS, [None, (3.0 * A).with_scope("all")], **GREEDY)
-    for owner, name, calls in [(batch.Batch, "step", 5), (batch.Batch, "step", 1), (prefill, "_run_pack", 1)]:
+    for owner, name, calls in [(batch.Batch, "launch", 5), (batch.Batch, "launch", 1), (prefill, "_run_pack", 1)]:
         original, left = getattr(owner, name), [calls]
 
         def interrupted(*args: Any, original: Any = original, left: list[int] = left, **kwargs: Any) -> Any:

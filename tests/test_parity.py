@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from icon2_rt import Completion, Direction, Runtime, Steering
-from icon2_rt.engine import batch
+from icon2_rt.engine import step
 from tests import hooks
 from tests.models import (
     FAMILIES,
@@ -75,9 +75,9 @@ def decode(rt: Runtime, prompts: list[list[int]], steerings: list[Steering | Non
         steps.append(logits(*args))
         return steps[-1]
 
-    logits = batch.logits
+    logits = step.logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "logits", recording)
+        patch.setattr(step, "logits", recording)
         completions = rt.generate(prompts, steerings, do_sample=False, max_new_tokens=64)
     return completions, torch.stack(steps)
 

@@ -336,8 +336,8 @@ def test_the_compiled_steering_is_the_law(name, h):
         expected = hooks.law(h.double(), steering, layer)
         torch.testing.assert_close(applied(compiled, h, layer), expected, atol=2e-5, rtol=1e-5)
         acts = bool((expected - h).abs().max() > 0)
-        assert bool(compiled.active[layer]) == acts == (layer in steering.layers)
-    assert compiled.active.nonzero().flatten().tolist() == steering.layers
+        assert bool(compiled.terms.count[layer]) == acts == (layer in steering.layers)
+    assert compiled.terms.count.nonzero()[0].tolist() == steering.layers
 
 
 def projections(h: torch.Tensor, *directions: Direction, layer: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ rows of the head are known vectors, so that (log p[a] - log p[zero row]) is ⟨h
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,22 +224,28 @@ def test_amplifying_multiplies_the_projection(probe):
 
 
 def rows_of(steerings: list[Steering | None], n_layers: int, hidden: int) -> RowSteering:
-    """A batch's steering buffers, one row each, made by hand."""
+    """A batch's steering buffers, one row each, made by hand: the terms of every block in the order they were given."""
     compiled = [compile_steering(s, n_layers, hidden) for s in steerings]
     vectors = [v for c in compiled if c for v in c.vectors]
     k = max(c.n_terms for c in compiled if c)
-    index = torch.zeros(len(steerings), k, dtype=torch.int64)
-    alpha, beta = torch.zeros(len(steerings), k, n_layers), torch.zeros(len(steerings), k, n_layers)
-    place = 0
+    shape = (len(steerings), n_layers, k)
+    count, index = torch.zeros(shape[:2], dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    alpha, beta = torch.zeros(shape), torch.zeros(shape)
+    first = 0
     for i, c in enumerate(compiled):
-        for j in range(c.n_terms if c else 0):
-            index[i, j], alpha[i, j], beta[i, j] = place, c.alpha[j], c.beta[j]
-            place += 1
-    active = [
-        torch.tensor([i for i, c in enumerate(compiled) if c and bool(c.active[layer])]) for layer in range(n_layers)
-    ]
+        if c is None:
+            continue
+        for layer in range(n_layers):
+            acting = [j for j in range(c.n_terms) if c.alpha[j, layer] or c.beta[j, layer]]
+            count[i, layer] = len(acting)
+            for place, j in enumerate(acting):
+                index[i, layer, place] = first + j
+                alpha[i, layer, place], beta[i, layer, place] = c.alpha[j, layer], c.beta[j, layer]
+        first += c.n_terms
+    active = [count[:, layer].nonzero()[:, 0] for layer in range(n_layers)]
     return RowSteering(
         bank=torch.stack(vectors),
+        count=count,
         index=index,
         alpha=alpha,
         beta=beta,
@@ -250,8 +257,9 @@ def rows_of(steerings: list[Steering | None], n_layers: int, hidden: int) -> Row
     )
 
 
+@pytest.mark.parametrize("knowing", [True, False], ids=["hints", "no-hints"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_add_steer_rmsnorm_is_the_law_and_transformers_norm(dtype):
+def test_add_steer_rmsnorm_is_the_law_and_transformers_norm(dtype, knowing):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     a, b, c = (direction(i) for i in range(3))
@@ -264,6 +272,8 @@ def test_add_steer_rmsnorm_is_the_law_and_transformers_norm(dtype):
         c[2].ablated().with_keep_norm(),
     ]
     buffers = rows_of(steerings, N_LAYERS, HIDDEN)
+    if not knowing:
+        buffers = replace(buffers, rows=None, rescale=True, additive=False)
     norm = LlamaRMSNorm(HIDDEN, eps=1e-5).to(dtype)
     with torch.no_grad():
         norm.weight.copy_(1 + 0.3 * torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)))
@@ -271,8 +281,15 @@ def test_add_steer_rmsnorm_is_the_law_and_transformers_norm(dtype):
     x, residual = (5 * torch.randn(len(steerings), HIDDEN, generator=generator).to(dtype) for _ in range(2))
     plain = add_steer_rmsnorm(x, residual, norm.weight.detach(), 1e-5)
     for layer in range(N_LAYERS):
-        got, normed = add_steer_rmsnorm(x, residual, norm.weight.detach(), 1e-5, buffers, layer)
+        measured = torch.full((len(steerings), 1 + buffers.alpha.shape[-1]), torch.nan)
+        got, normed = add_steer_rmsnorm(x, residual, norm.weight.detach(), 1e-5, buffers, layer, measured)
         summed = x.float() + residual.float()
+        for row, steering in enumerate(steerings):
+            terms = [] if steering is None else [t for t in steering.terms if t.alpha[layer] or t.beta[layer]]
+            dots = [float(summed[row] @ t.direction.vectors[layer]) for t in terms]
+            expected = [float(summed[row].norm()), *dots, *[0.0] * (measured.shape[1] - 1 - len(dots))]
+            if row != 2:  # there two overlapping ablations were made orthonormal
+                torch.testing.assert_close(measured[row], torch.tensor(expected), atol=1e-3, rtol=1e-4)
         for row, steering in enumerate(steerings):
             if steering is None or layer not in steering.layers:
                 assert torch.equal(got[row], plain[0][row])

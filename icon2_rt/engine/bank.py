@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,34 +77,57 @@ class DirectionBank:
         del self._pins[oldest]
         return self._slot.pop(oldest)
 
-    def row_steering(self, steerings: Sequence[CompiledSteering | None]) -> RowSteering | None:
-        """What the rows need, from each row's (pinned) steering; None where no row has one."""
+    def lay_out(self, steerings: Sequence[CompiledSteering | None], width: int | None = None) -> SteeringTable:
+        """What the rows need, from each row's (pinned) steering, with room for ``width`` terms (None: as many as the
+        largest has)."""
         distinct = list(dict.fromkeys(s for s in steerings if s is not None))
-        if not distinct:
-            return None
         place = {s: n for n, s in enumerate(distinct)}
-        rows = np.array([-1 if s is None else place[s] for s in steerings], dtype=np.int64)
-        active = torch.stack([s.active for s in distinct]).numpy()
-        device = self.vectors.device
-        k = max(s.n_terms for s in distinct)
-        index = torch.zeros(len(distinct), k, dtype=torch.int64, device="cpu")
-        alpha = torch.zeros(len(distinct), k, self.vectors.shape[1], dtype=torch.float32, device="cpu")
-        beta = torch.zeros_like(alpha)
+        n_layers, k = self.vectors.shape[1], width or max((s.n_terms for s in distinct), default=1)
+        count = np.zeros((len(distinct), n_layers), dtype=np.int32)
+        index = np.zeros((len(distinct), n_layers, k), dtype=np.int32)
+        alpha = np.zeros(index.shape, dtype=np.float32)
+        beta = np.zeros_like(alpha)
         for n, s in enumerate(distinct):
-            index[n, : s.n_terms] = torch.tensor([self._slot[key] for key in s.keys], device="cpu")
-            alpha[n, : s.n_terms], beta[n, : s.n_terms] = s.alpha, s.beta
-        keep_norm = torch.tensor([s.keep_norm for s in distinct], device="cpu")
+            terms = s.terms
+            here = terms.which.shape[1]
+            count[n] = terms.count
+            index[n, :, :here] = np.array([self._slot[key] for key in s.keys], dtype=np.int32)[terms.which]
+            alpha[n, :, :here], beta[n, :, :here] = terms.alpha, terms.beta
+        return SteeringTable(
+            count=count,
+            index=index,
+            alpha=alpha,
+            beta=beta,
+            keep_norm=np.array([s.keep_norm for s in distinct], dtype=bool),
+            which=np.array([-1 if s is None else place[s] for s in steerings], dtype=np.int32),
+        )
+
+    def row_steering(self, steerings: Sequence[CompiledSteering | None]) -> RowSteering | None:
+        """:meth:`lay_out` on the device, with what the host knows of it; None where no row has a steering."""
+        table = self.lay_out(steerings)
+        if not len(table.count):
+            return None
+        device = self.vectors.device
+        active = (table.count > 0)[table.which] & (table.which >= 0)[:, None]  # [rows, n_layers]
         return RowSteering(
             bank=self.vectors,
-            index=index.to(device),
-            alpha=alpha.to(device),
-            beta=beta.to(device),
-            keep_norm=keep_norm.to(device),
-            which=torch.from_numpy(rows).to(device),
-            rows=tuple(_rows_of(active[rows, layer] & (rows >= 0), device) for layer in range(active.shape[1])),
-            rescale=bool(keep_norm.any()),
-            additive=not bool(beta.any()),
+            **{name: torch.from_numpy(array).to(device) for name, array in vars(table).items()},
+            rows=tuple(_rows_of(acts, device) for acts in active.T),
+            rescale=bool(table.keep_norm.any()),
+            additive=not table.beta.any(),
         )
+
+
+@dataclass(frozen=True)
+class SteeringTable:
+    """The tensors of a :class:`~icon2_rt.ops.RowSteering` as arrays of the host, under the same names."""
+
+    count: np.ndarray
+    index: np.ndarray
+    alpha: np.ndarray
+    beta: np.ndarray
+    keep_norm: np.ndarray
+    which: np.ndarray
 
 
 def _rows_of(acts: np.ndarray, device: torch.device) -> Tensor | slice | None:

@@ -1,223 +1,393 @@
-"""The running rows as tensors: rebuilt when rows join, leave or change how they are treated, advanced in between."""
+"""The running rows: who sits where, the buffers that a step reads, and the steps under way.
+
+Two manners of running them. A backend that does not need fixed shapes gets exactly the rows there are, with everything
+that the host knows about them (what to skip), and its results at once. One that does (CUDA graphs) gets fixed buffers
+of which a bucket of seats is run: rows take and leave seats by small copies, and results are looked at some steps late.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.forward import Model, computing, embed, finish, logits, rotary, run_blocks
+from icon2_rt.engine.forward import Model
+from icon2_rt.engine.graphs import StepGraphs, buckets
+from icon2_rt.engine.items import ItemTable, item_rows, plan_items
 from icon2_rt.engine.kv import KVPages
-from icon2_rt.engine.rows import Row
-from icon2_rt.ops import AttentionItems, RowSampling
+from icon2_rt.engine.rows import Request, Row
+from icon2_rt.engine.step import StepInputs, decode_step
+from icon2_rt.ops import AttentionItems, RowSampling, RowState, RowSteering
+from icon2_rt.steering import CompiledSteering
 
-# Query rows of one attention item. A tensor-core tile has 16; a larger group becomes several adjacent items.
-ITEM_ROWS = 16
-
-# Steps that are laid out at a time: slots, rotary factors and masks of this many positions ahead.
-HORIZON = 32
-
-
-class Batch:
-    """One decode step at a time over ``rows``, until they change: then a new batch is made of them."""
-
-    def __init__(self, model: Model, kv: KVPages, bank: DirectionBank, split_pages: int, rows: Sequence[Row]):
-        self.model, self.kv, self.rows = model, kv, list(rows)
-        self.split_pages = split_pages
-        self.tokens = torch.tensor([row.token for row in rows], device=model.device)
-        self._plan: list[_Step] = []
-        self.steering = bank.row_steering([row.steering for row in rows])
-        self.sampling = row_sampling(model, rows)
-
-    def step(self) -> tuple[list[int], list[float]]:
-        """Feed every row's token, sample the next one: tokens and their log-probabilities, in row order."""
-        with computing(self.model):
-            if not self._plan:
-                self._plan = self._lay_out()[::-1]
-            plan = self._plan.pop()
-            for mask, flat in plan.grown:
-                mask.view(-1).index_fill_(0, flat, 0.0)
-            model, ops, kv = self.model, self.model.ops, self.kv
-            scale = model.spec.head_dim**-0.5
-
-            def attend(layer: int, q: Tensor) -> Tensor:
-                return ops.grouped_decode_attention(q, kv.k[layer], kv.v[layer], plan.items[layer], scale)
-
-            stream = run_blocks(
-                model,
-                embed(model, self.tokens),
-                range(model.spec.n_layers),
-                plan.rope,
-                kv,
-                plan.slots,
-                attend,
-                self.steering,
-            )
-            scores = logits(model, finish(model, stream, self.steering))
-            self.tokens, logprobs = ops.sample(scores, plan.index, self.sampling)
-            if self.sampling.seen is not None:
-                self.sampling.seen.scatter_(1, self.tokens[:, None], True)
-        return self.tokens.tolist(), logprobs.tolist()
-
-    def _lay_out(self) -> list[_Step]:
-        """The next steps, as many as have the same work items: no row enters another split or ends by its budget."""
-        device, size = self.model.device, self.kv.page_size
-        split = size * self.split_pages
-        first = [row.position for row in self.rows]
-        n_steps = min(
-            HORIZON,
-            *(split - row.position % split for row in self.rows),
-            *(row.request.positions - row.position for row in self.rows),
-        )
-        ahead = torch.arange(n_steps, device=device)[:, None]
-        positions = ahead + torch.tensor(first, device=device)
-        # New tokens go to a row's own pages, which are the same for all blocks.
-        width = max(len(row.low) for row in self.rows)
-        table = torch.tensor([[*row.low, *[0] * (width - len(row.low))] for row in self.rows], device=device)
-        slots = table.gather(1, (positions // size).t()).t() * size + positions % size
-        cos, sin = rotary(self.model, positions)
-        index = ahead + torch.tensor([len(row.tokens) for row in self.rows], device=device)
-
-        items: list[AttentionItems] = []
-        tails: list[tuple[Tensor, Tensor]] = []
-        n_layers = self.model.spec.n_layers
-        for end in sorted({row.fork for row in self.rows if row.low is not row.high} | {n_layers - 1}):
-            tables = [row.pages_of(end) for row in self.rows]
-            planned, tail = plan_items(tables, first, n_steps, size, self.split_pages, self.model)
-            items += [planned] * (end + 1 - len(items))
-            tails.append((planned.mask, tail))
-        return [
-            _Step(slots[t], (cos[t], sin[t]), index[t], items, [(mask, tail + t) for mask, tail in tails])
-            for t in range(n_steps)
-        ]
+# Positions ahead for which attention items are laid out: with fixed buffers, and where every item must count at once.
+HORIZON, EXACT_HORIZON = 64, 32
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What one step reads besides the tokens: ``slots`` and ``index`` ``[rows]``, cos and sin ``[rows, 1, d]``, the
-    items of every block, and per mask the places ``[rows]`` of the positions that come into being with this step."""
+class BatchSizes:
+    """``seats`` rows; ``partials`` places for the partial results of attention; at most ``eos`` ending tokens a row;
+    ``terms`` of a steering; ``split_pages`` pages in a split."""
 
-    slots: Tensor
-    rope: tuple[Tensor, Tensor]
-    index: Tensor
-    items: list[AttentionItems]
-    grown: list[tuple[Tensor, Tensor]]
+    seats: int
+    partials: int
+    eos: int
+    terms: int
+    split_pages: int
 
-
-def plan_items(
-    tables: Sequence[Sequence[int]],
-    positions: Sequence[int],
-    n_steps: int,
-    page_size: int,
-    split_pages: int,
-    model: Model,
-) -> tuple[AttentionItems, Tensor]:
-    """Work items of ``n_steps`` steps for rows at ``positions`` that read through page tables ``tables``.
-
-    Rows with the same pages in a split are one item, up to 16 of them: sharing follows from the pages alone. The mask
-    shows positions [0, positions[r]); each step adds one.
-
-    Returns:
-        the items; ``[batch]`` int64, where in the flattened mask row r's position ``positions[r]`` is.
-    """
-    split = page_size * split_pages
-    open_items: dict[tuple[int, tuple[int, ...]], int] = {}
-    members: list[list[int]] = []
-    pages: list[tuple[int, ...]] = []
-    lengths: list[int] = []
-    places: list[list[tuple[int, int]]] = []
-    for row, (table, position) in enumerate(zip(tables, positions, strict=True)):
-        mine = []
-        used = (position + n_steps - 1) // page_size + 1
-        for begin in range(0, position + 1, split):
-            first = begin // page_size
-            ids = tuple(table[first : min(first + split_pages, used)])
-            item = open_items.get((first, ids))
-            if item is None or len(members[item]) == ITEM_ROWS:
-                item = open_items[first, ids] = len(members)
-                members.append([])
-                pages.append(ids)
-                lengths.append(min(split, position - begin))
-            mine.append((item, len(members[item])))
-            members[item].append(row)
-        places.append(mine)
-    n, width = len(members), max(map(len, members))
-    depth, most_pages = max(map(len, places)), max(map(len, pages))
-    rows = np.zeros((n, width), dtype=np.int64)
-    held = np.zeros((n, most_pages), dtype=np.int64)
-    for item, (group, ids) in enumerate(zip(members, pages, strict=True)):
-        rows[item, : len(group)] = group
-        held[item, : len(ids)] = ids
-        held[item, len(ids) :] = ids[0]
-    span = most_pages * page_size
-    merge = np.zeros((len(tables), depth), dtype=np.int64)
-    merge_mask = np.full((len(tables), depth, 1), -np.inf, dtype=np.float32)
-    for row, mine in enumerate(places):
-        merge[row, : len(mine)] = [item * width + place for item, place in mine]
-        merge_mask[row, : len(mine)] = 0.0
-    tail = [mine[-1][0] * span + position % split for mine, position in zip(places, positions, strict=True)]
-
-    def put(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(model.device)
-
-    mask = np.where(np.arange(span) < np.array(lengths)[:, None], 0.0, -np.inf).astype(np.float32)
-    single = depth == 1 and width == 1
-    items = AttentionItems(
-        rows=put(rows),
-        pages=put(held),
-        mask=put(mask)[:, None, None, :].to(model.dtype),
-        merge=None if single else put(merge),
-        merge_mask=put(merge_mask),
-    )
-    return items, torch.tensor(tail, device=model.device)
+    def hold(self, other: BatchSizes) -> bool:
+        return self.seats >= other.seats and self.partials >= other.partials and self.eos >= other.eos
 
 
-def row_sampling(model: Model, rows: Sequence[Row]) -> RowSampling:
-    """The rows' sampling options as tensors; None where no row needs them."""
-    device, vocab = model.device, model.spec.vocab_size
+@dataclass(frozen=True)
+class Manner:
+    """How a batch is run: in ``fixed`` buffers or exactly; how many steps ``behind`` the device the host may look at
+    results; whether a step is captured as ``graphs``."""
+
+    fixed: bool
+    behind: int = 0
+    graphs: bool = False
+
+
+@dataclass
+class _UnderWay:
+    """A step that was launched: its rows by seat, and where its results arrive."""
+
+    rows: list[Row | None]
+    tokens: Tensor
+    logprobs: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class Batch:
+    """Rows in the seats of buffers that are allocated once and keep their addresses."""
+
+    def __init__(self, model: Model, kv: KVPages, bank: DirectionBank, sizes: BatchSizes, manner: Manner):
+        self.model, self.kv, self.bank, self.sizes = model, kv, bank, sizes
+        self.fixed, self.behind = manner.fixed, manner.behind
+        self.rows: list[Row | None] = []
+        self.under_way: deque[_UnderWay] = deque()
+        with torch.inference_mode(False):  # tensors made inside it could not be written to outside
+            self.buffers = _allocate(model, kv, bank, sizes)
+        self._inputs: StepInputs | None = None
+        self._valid = 0  # steps for which the layout holds
+        self._unsteered: list[Row] = []  # whose steering begins with the next step
+        self._graphs = None
+        if manner.graphs:
+            self._graphs = StepGraphs(lambda n: decode_step(model, kv, self._views(n)), buckets(sizes.seats))
+
+    @property
+    def free_partials(self) -> int:
+        """Places for partial results of attention that no row could come to need."""
+        return self.sizes.partials - sum(self.partials_of(row.request) for row in self.rows if row is not None)
+
+    def partials_of(self, request: Request) -> int:
+        """Places that one row of ``request`` needs at its end: one for each split."""
+        return -(-request.positions // (self.kv.page_size * self.sizes.split_pages))
+
+    @property
+    def capacity(self) -> int:
+        """Seats that can be run at once without leaving the graphs."""
+        return self._graphs.largest if self._graphs is not None and self._graphs.largest else self.sizes.seats
+
+    # ---------------------------------------------------------------- who sits where
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Give ``rows`` the lowest free seats."""
+        free = [n for n, row in enumerate(self.rows) if row is None]
+        free += range(len(self.rows), len(self.rows) + max(0, len(rows) - len(free)))
+        seats = free[: len(rows)]
+        self.rows += [None] * (max(seats, default=-1) + 1 - len(self.rows))
+        for seat, row in zip(seats, rows, strict=True):
+            self.rows[seat] = row
+        self._write(seats)
+        self._unsteered += [row for row in rows if row.steering is None]
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Free the seats of ``rows``, whatever the device makes of them meanwhile."""
+        gone = {id(row): row for row in rows}
+        for seat, row in enumerate(self.rows):
+            if row is not None and id(row) in gone:
+                self.rows[seat] = None
+                if row.finish == "stop_string":  # of every other end the device knows by itself
+                    _put(self.buffers.state.running[seat : seat + 1], np.zeros(1, dtype=bool))
+        while self.rows and self.rows[-1] is None:
+            self.rows.pop()
+        self._valid = 0
+
+    def clear(self) -> None:
+        """Nobody runs; results under way are nobody's."""
+        self.rows.clear()
+        self.under_way.clear()
+        self._unsteered.clear()
+        self._valid = 0
+        self.buffers.state.running.zero_()
+
+    @property
+    def sparse(self) -> bool:
+        """Would a step be much cheaper if the rows sat closer together?"""
+        taken, width = sum(row is not None for row in self.rows), len(self.rows)
+        return 2 * self._width(taken) <= self._width(width) if self.fixed else taken < width
+
+    def close_ranks(self) -> None:
+        """Move the rows to the lowest seats. Nothing may be under way: what the host knows of them is written anew."""
+        self.buffers.state.running.zero_()
+        self.rows = [row for row in self.rows if row is not None]
+        self._write(range(len(self.rows)))
+
+    def _width(self, n: int) -> int:
+        """Seats that are run where ``n`` are taken."""
+        if not self.fixed:
+            return n
+        return next((b for b in buckets(self.sizes.seats) if b >= n), n)
+
+    def _write(self, seats: Sequence[int]) -> None:
+        """Bring rows into the buffers as the host knows them; other seats are not touched."""
+        state, how, model = self.buffers.state, self.buffers.sampling, self.model
+        for begin, end in _runs(seats):
+            rows = [row for row in self.rows[begin:end] if row is not None]
+            at = slice(begin, end)
+            _put(state.tokens[at], np.array([row.token for row in rows]))
+            _put(state.positions[at], np.array([row.position for row in rows], dtype=np.int32))
+            _put(state.generated[at], np.array([len(row.tokens) for row in rows], dtype=np.int32))
+            _put(state.running[at], np.ones(len(rows), dtype=bool))
+            tables = np.zeros((len(rows), self.buffers.tables.shape[1]), dtype=np.int32)
+            for table, row in zip(tables, rows, strict=True):
+                table[: len(row.low)] = row.low
+            _put(self.buffers.tables[at], tables)
+            for name, values in sampling_of(rows, model.spec.vocab_size, self.sizes.eos).items():
+                _put(getattr(how, name)[at], values)
+        for seat in seats:
+            sitter = self.rows[seat]
+            if sitter is not None and sitter.request.sampling.repetition_penalty != 1.0:
+                seen = np.zeros(model.spec.vocab_size, dtype=bool)
+                seen[[*sitter.request.tokens, *sitter.tokens]] = True
+                assert how.seen is not None
+                _put(how.seen[seat], seen)
+        self._valid = 0
+
+    # ---------------------------------------------------------------- steps
+
+    def launch(self) -> None:
+        """One step of every row; its results are in :meth:`results` later."""
+        if self._valid == 0:
+            self._lay_out()
+        self._valid -= 1
+        assert self._inputs is not None
+        width = len(self._inputs.state.tokens)
+        if self._graphs is None or not self._graphs.replay(width):
+            decode_step(self.model, self.kv, self._inputs)
+        state, n = self._inputs.state, len(self.rows)
+        if self.model.device.type == "cuda":
+            tokens, logprobs = (x[:n].to("cpu", non_blocking=True) for x in (state.tokens, state.logprobs))
+            arrived = torch.cuda.Event()
+            arrived.record()
+        else:
+            tokens, logprobs, arrived = state.tokens[:n].clone(), state.logprobs[:n].clone(), None
+        self.under_way.append(_UnderWay(list(self.rows), tokens, logprobs, arrived))
+        for row in self.rows:
+            if row is not None:
+                row.launched += 1
+        if any(row.steering is not None for row in self._unsteered):  # "generated" begins after the first step
+            self._valid = 0
+        self._unsteered.clear()
+
+    def results(self) -> list[tuple[Row, int, float]]:
+        """What the oldest step under way sampled, for the rows that were still going on then."""
+        step = self.under_way.popleft()
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        results = zip(step.rows, step.tokens.tolist(), step.logprobs.tolist(), strict=True)
+        return [(row, token, logprob) for row, token, logprob in results if row is not None and row.finish is None]
+
+    def _lay_out(self) -> None:
+        """Steering and attention items for the coming steps, as many as can be told now."""
+        n, split = len(self.rows), self.kv.page_size * self.sizes.split_pages
+        running = [(seat, row) for seat, row in enumerate(self.rows) if row is not None]
+        left = [row.request.positions - row.next_position for _, row in running]
+        if self.fixed:
+            ahead = [min(HORIZON, max(1, steps)) for steps in left]
+            self._valid = HORIZON
+        else:
+            self._valid = min(EXACT_HORIZON, *left, *(split - row.next_position % split for _, row in running))
+            ahead = [self._valid] * len(running)
+        table = plan_items(running, ahead, self.kv.page_size, self.sizes.split_pages, self.model.spec)
+        steerings = [row.steering if row is not None else None for row in self.rows]
+        if self.fixed:
+            _put_items(self.buffers.items, table)
+            self._put_steering(steerings)
+            self._inputs = self._views(self._width(n))
+        else:
+            self._inputs = self._exact(n, table, steerings)
+
+    def _put_steering(self, steerings: Sequence[CompiledSteering | None]) -> None:
+        buffers = self.buffers.steering
+        assert buffers is not None
+        table = self.bank.lay_out(steerings, self.sizes.terms)
+        which = np.full(self.sizes.seats, -1, dtype=np.int32)
+        which[: len(table.which)] = table.which
+        for name, array in {**vars(table), "which": which}.items():
+            _put(getattr(buffers, name)[: len(array)], array)
+
+    def _views(self, n: int) -> StepInputs:
+        """The first ``n`` seats of the buffers, with nothing known about them."""
+        b = self.buffers
+        assert b.steering is not None
+        items = replace(b.items, starts=b.items.starts[:n], n_splits=b.items.n_splits[:n])
+        return StepInputs(
+            state=RowState(*(x[:n] for x in vars(b.state).values())),
+            tables=b.tables[:n],
+            items=items,
+            steering=replace(b.steering, which=b.steering.which[:n]),
+            sampling=RowSampling(*(x[:n] for x in vars(b.sampling).values())),
+        )
+
+    def _exact(self, n: int, table: ItemTable, steerings: Sequence[CompiledSteering | None]) -> StepInputs:
+        """The rows there are, and what the host knows of them."""
+        inputs, m = self._views(n), len(table.rows)
+        _put_items(self.buffers.items, table)
+        items = replace(
+            inputs.items,
+            rows=inputs.items.rows[:m, : table.width],
+            pages=inputs.items.pages[:m, : table.depth],
+            splits=inputs.items.splits[:m],
+            layers=inputs.items.layers[:m],
+            lengths=inputs.items.lengths[:m],
+            dense=True,
+        )
+        rows = [row for row in self.rows if row is not None]  # all of them: there is no gap here
+        vocab = self.model.spec.vocab_size
+        needed = sampling_of(rows, vocab, self.sizes.eos)
+        neutral = (
+            (("sampled", "seeds"), False),
+            (("temperature",), 1.0),
+            (("top_k",), vocab),
+            (("top_p",), 1.0),
+            (("min_p",), 0.0),
+            (("repetition_penalty", "seen"), 1.0),
+            (("min_tokens",), 0),
+        )
+        unused: dict[str, Any] = {
+            name: None for names, value in neutral if (needed[names[0]] == value).all() for name in names
+        }
+        return replace(
+            inputs,
+            tables=inputs.tables[:, : max(len(row.low) for row in rows)],
+            items=items,
+            steering=self.bank.row_steering(steerings),
+            sampling=replace(inputs.sampling, **unused),
+        )
+
+
+def sampling_of(rows: Sequence[Row], vocab: int, n_eos: int) -> dict[str, np.ndarray]:
+    """The rows' settings under the names of :class:`~icon2_rt.ops.RowSampling`; a greedy row's filters are neutral."""
     options = [row.request.sampling for row in rows]
-    sampled = [row.seed is not None for row in rows]
+    seeds = [row.seed for row in rows]
 
-    def per_row(name: str, neutral: float, dtype: torch.dtype) -> Tensor | None:
-        values = [
-            getattr(o, name) if s or name == "repetition_penalty" else neutral
-            for o, s in zip(options, sampled, strict=True)
-        ]
-        if all(value == neutral for value in values):
-            return None
-        return torch.tensor(values, dtype=dtype, device=device)
+    def column(name: str, neutral: float, dtype: type) -> np.ndarray:
+        values = (neutral if seed is None else getattr(o, name) for o, seed in zip(options, seeds, strict=True))
+        return np.fromiter(values, dtype=dtype, count=len(rows))
 
-    penalty = per_row("repetition_penalty", 1.0, torch.float32)
-    top_k = per_row("top_k", 0, torch.int64)
-    seen = banned = None
-    if penalty is not None:
-        seen = torch.zeros(len(rows), vocab, dtype=torch.bool, device=device)
-        for n, row in enumerate(rows):
-            seen[n, torch.tensor([*row.request.tokens, *row.tokens], device=device)] = True
-    early = [(n, list(row.request.sampling.eos_token_ids)) for n, row in enumerate(rows) if not may_end(row)]
-    if early:
-        banned = torch.zeros(len(rows), vocab, dtype=torch.bool, device=device)
-        for n, tokens in early:
-            banned[n, tokens] = True
-    seeds = [row.seed or 0 for row in rows]
-    return RowSampling(
-        sampled=torch.tensor(sampled, device=device) if any(sampled) else None,
-        seeds=torch.tensor([[s & 0xFFFFFFFF, s >> 32] for s in seeds], device=device) if any(sampled) else None,
-        temperature=per_row("temperature", 1.0, torch.float32),
-        top_k=None if top_k is None else torch.where(top_k == 0, vocab, top_k),
-        top_p=per_row("top_p", 1.0, torch.float32),
-        min_p=per_row("min_p", 0.0, torch.float32),
-        repetition_penalty=penalty,
-        seen=seen,
-        banned=banned,
+    top_k = column("top_k", 0, np.int32)
+    words = [(0, 0) if seed is None else (seed & 0xFFFFFFFF, seed >> 32) for seed in seeds]
+    eos = np.full((len(rows), n_eos), -1, dtype=np.int32)
+    for row, o in enumerate(options):
+        eos[row, : len(o.eos_token_ids)] = o.eos_token_ids
+    return {
+        "sampled": np.array([seed is not None for seed in seeds]),
+        "seeds": np.array(words, dtype=np.int64),
+        "temperature": column("temperature", 1.0, np.float32),
+        "top_k": np.where(top_k == 0, vocab, top_k).astype(np.int32),
+        "top_p": column("top_p", 1.0, np.float32),
+        "min_p": column("min_p", 0.0, np.float32),
+        "repetition_penalty": np.array([o.repetition_penalty for o in options], dtype=np.float32),
+        "eos": eos,
+        "min_tokens": np.array([max(0, row.min_tokens) for row in rows], dtype=np.int32),
+        "budget": np.array([row.request.budget for row in rows], dtype=np.int32),
+    }
+
+
+def _allocate(model: Model, kv: KVPages, bank: DirectionBank, sizes: BatchSizes) -> StepInputs:
+    """All buffers at their full size, every seat free."""
+    spec, device, seats = model.spec, model.device, sizes.seats
+    n_items = 2 * sizes.partials  # a row's split is one item below its fork and one above
+
+    def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    terms = (seats, spec.n_layers, sizes.terms)
+    return StepInputs(
+        state=RowState(
+            tokens=full(seats, dtype=torch.int64),
+            positions=full(seats),
+            generated=full(seats),
+            running=full(seats, value=False, dtype=torch.bool),
+            logprobs=full(seats, dtype=torch.float32),
+        ),
+        tables=full(seats, min(kv.n_pages, kv.pages_for(spec.max_length))),
+        items=AttentionItems(
+            rows=full(n_items, item_rows(spec), value=-1),
+            pages=full(n_items, sizes.split_pages),
+            splits=full(n_items),
+            layers=full(n_items, 2),
+            count=full(1),
+            starts=full(seats),
+            lengths=full(n_items),
+            n_splits=full(seats),
+            split=kv.page_size * sizes.split_pages,
+            n_partials=sizes.partials,
+        ),
+        steering=RowSteering(
+            bank=bank.vectors,
+            count=full(*terms[:2]),
+            index=full(*terms),
+            alpha=full(*terms, dtype=torch.float32),
+            beta=full(*terms, dtype=torch.float32),
+            keep_norm=full(seats, value=False, dtype=torch.bool),
+            which=full(seats, value=-1),
+        ),
+        sampling=RowSampling(
+            sampled=full(seats, value=False, dtype=torch.bool),
+            seeds=full(seats, 2, dtype=torch.int64),
+            temperature=full(seats, value=1.0, dtype=torch.float32),
+            top_k=full(seats, value=spec.vocab_size),
+            top_p=full(seats, value=1.0, dtype=torch.float32),
+            min_p=full(seats, dtype=torch.float32),
+            repetition_penalty=full(seats, value=1.0, dtype=torch.float32),
+            seen=full(seats, spec.vocab_size, value=False, dtype=torch.bool),
+            eos=full(seats, sizes.eos, value=-1),
+            min_tokens=full(seats),
+            budget=full(seats),
+        ),
     )
 
 
-def may_end(row: Row) -> bool:
-    """May the next token be an eos? Not before min_new_tokens (or min_length, prompt included)."""
-    sampling, generated = row.request.sampling, len(row.tokens)
-    return generated >= sampling.min_new_tokens and len(row.request.tokens) + generated >= sampling.min_length
+def _put_items(items: AttentionItems, table: ItemTable) -> None:
+    n = len(table.rows)
+    for name in ("rows", "pages", "splits", "layers"):
+        _put(getattr(items, name)[:n], getattr(table, name))
+    _put(items.starts[: len(table.starts)], table.starts)
+    _put(items.count, np.array([n], dtype=np.int32))
+
+
+def _put(target: Tensor, values: np.ndarray) -> None:
+    """Copy to the device without waiting for it: through pinned memory, which torch keeps until the copy is done."""
+    source = torch.from_numpy(values)
+    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+
+
+def _runs(seats: Sequence[int]) -> list[tuple[int, int]]:
+    """[begin, end) of neighbouring seats: each is one copy a buffer."""
+    runs: list[tuple[int, int]] = []
+    for seat in sorted(seats):
+        if runs and runs[-1][1] == seat:
+            runs[-1] = (runs[-1][0], seat + 1)
+        else:
+            runs.append((seat, seat + 1))
+    return runs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.batch import Batch, may_end
+from icon2_rt.engine.batch import Batch, BatchSizes, Manner
 from icon2_rt.engine.forward import Model, logits
 from icon2_rt.engine.kv import KVPages, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
@@ -26,6 +26,10 @@ from icon2_rt.steering import CompiledSteering
 
 # text of token ids, special tokens left out; for stop strings
 Decode = Callable[[Sequence[int]], str]
+# How many steps the device may be ahead of what the host has looked at: enough that it never waits for Python.
+_BEHIND = 3
+# Bytes, the least set aside for the partial results of attention; else a share of the KV memory.
+_LEAST_WORKSPACE = 64 << 20
 # source page, target page, blocks
 PageCopy = tuple[int, int, slice]
 
@@ -41,12 +45,15 @@ class EngineOptions:
     max_directions: int = 64
     max_terms: int = 8
     prefill_chunk: int = 2048
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("page_size", "split_pages", "max_rows", "max_directions", "max_terms", "prefill_chunk"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ValueError(f"cuda_graphs must be True or False, not {self.cuda_graphs!r}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,9 @@ class Engine:
                 options.max_directions, options.max_terms, spec.n_layers, spec.hidden_size, model.device
             )
         self._prefixes: set[PinnedPrefix] = set()
+        self._batches: list[Batch] = []
+        fixed, cuda = model.ops.backend == "triton", model.device.type == "cuda"
+        self._manner = Manner(fixed, _BEHIND if fixed and cuda else 0, fixed and cuda and options.cuda_graphs)
 
     # ---------------------------------------------------------------- decoding
 
@@ -119,28 +129,31 @@ class Engine:
         waiting = deque(requests)
         groups: dict[int, list[Row]] = {}
         running: list[Row] = []
+        batch = None
         try:
-            batch = None
+            batch = self._take_batch(requests)
             while waiting or running:
-                joined = self._admit(waiting, len(running))
-                if joined:
-                    for rows in joined:
-                        groups[id(rows[0].request)] = rows
-                        running += rows
-                    batch = None
+                if batch.sparse and not batch.under_way:
+                    batch.close_ranks()
+                for rows in self._admit(waiting, len(running), batch):
+                    groups[id(rows[0].request)] = rows
+                    running += rows
+                    batch.join(rows)
                 if not running:  # nothing of ours will free a page: somebody else holds them
                     self._check_free(self._plan(waiting[0]).pages)
-                if batch is None:
-                    batch = Batch(self.model, self.kv, self.bank, self.options.split_pages, running)
-                tokens, logprobs = batch.step()
+                # Rows that sit far apart are moved together once nothing is under way.
+                wait = bool(batch.under_way) and batch.sparse and not waiting
+                if not wait and any(row.launched < row.request.budget for row in running):
+                    batch.launch()
+                    if len(batch.under_way) <= batch.behind:
+                        continue
                 done = []
-                for row, token, logprob in zip(running, tokens, logprobs, strict=True):
+                for row, token, logprob in batch.results():
                     if math.isnan(logprob):
                         raise FloatingPointError(
                             f"prompts[{row.request.index}], branch {row.branch}: the logits of token {len(row.tokens)} "
                             f"are not finite: the steering is too strong for {self.model.dtype}, or a weight is bad"
                         )
-                    before = (row.steering, may_end(row))
                     row.token = token
                     row.position += 1
                     row.tokens.append(token)
@@ -148,10 +161,8 @@ class Engine:
                     row.finish = _finish_reason(row, decode)
                     if row.finish is not None:
                         done.append(row)
-                    elif before != (row.steering, may_end(row)):
-                        batch = None
                 if done:
-                    batch = None
+                    batch.leave(done)
                     running = [row for row in running if row.finish is None]
                     for row in done:
                         self.kv.release(row.pages)
@@ -165,6 +176,30 @@ class Engine:
             for prefix in prefixes:
                 self.kv.release(prefix.pages)
             self.bank.unpin(pinned)
+            if batch is not None:
+                batch.clear()
+                self._batches.append(batch)
+
+    def _take_batch(self, requests: Sequence[Request]) -> Batch:
+        """Buffers for a call, used again by the next one; calls that nest have each their own."""
+        options, kv = self.options, self.kv
+        split = kv.page_size * options.split_pages
+        needs = [len(r.branches) * -(-r.positions // split) for r in requests]
+        each = 4 * self.model.spec.n_heads * (self.model.spec.head_dim + 1)  # bytes of a partial result
+        room = max(_LEAST_WORKSPACE, kv.n_bytes // 64) // each
+        seats = max([options.max_rows, *(len(r.branches) for r in requests)])
+        sizes = BatchSizes(
+            seats=seats,
+            partials=max([min(room, seats * -(-self.model.spec.max_length // split)), *needs]),
+            eos=max([4, *(len(r.sampling.eos_token_ids) for r in requests)]),
+            terms=options.max_terms,
+            split_pages=options.split_pages,
+        )
+        for n, batch in enumerate(self._batches):
+            if batch.sizes.hold(sizes):
+                return self._batches.pop(n)
+        self._batches.clear()  # too small, all of them: their memory goes to the new one
+        return Batch(self.model, kv, self.bank, sizes, self._manner)
 
     def _plan(self, request: Request) -> _Plan:
         kv = self.kv
@@ -184,7 +219,7 @@ class Engine:
             first.setdefault(steering.identity if steering else None, n)
         return fork, list(first.values())
 
-    def _admit(self, waiting: deque[Request], n_running: int) -> list[list[Row]]:
+    def _admit(self, waiting: deque[Request], n_running: int, batch: Batch) -> list[list[Row]]:
         """Take groups from the front while they fit; prefill them together."""
         admitted: list[list[Row]] = []
         jobs: list[Prefill] = []
@@ -193,7 +228,10 @@ class Engine:
             while waiting:
                 request = waiting[0]
                 n_rows = n_running + sum(map(len, admitted))
-                if n_rows and n_rows + len(request.branches) > self.options.max_rows:
+                if n_rows and n_rows + len(request.branches) > min(self.options.max_rows, batch.capacity):
+                    break
+                partials = sum(batch.partials_of(r.request) for rows in admitted for r in rows)
+                if partials + len(request.branches) * batch.partials_of(request) > batch.free_partials:
                     break
                 if self._plan(request).pages > self.kv.free_pages:
                     break

@@ -60,16 +60,6 @@ def embed(model: Model, tokens: Tensor) -> Stream:
     return Stream(model.weights.embedding[tokens], None)
 
 
-def rotary(model: Model, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of ``positions [...]``: ``[..., 1, d]``, as :func:`icon2_rt.ops.rope_append` takes them.
-
-    Computed in fp32, then rounded to the model's dtype, as transformers does.
-    """
-    angles = positions[..., None, None].float() * model.weights.inv_freq
-    cos, sin = angles.cos() * model.spec.rope_scaling, angles.sin() * model.spec.rope_scaling
-    return torch.cat((cos, cos), dim=-1).to(model.dtype), torch.cat((-sin, sin), dim=-1).to(model.dtype)
-
-
 def run_blocks(
     model: Model,
     stream: Stream,

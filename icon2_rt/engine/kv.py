@@ -33,6 +33,10 @@ class KVPages:
     def free_pages(self) -> int:
         return len(self._free)
 
+    @property
+    def n_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
     def pages_for(self, tokens: int) -> int:
         """How many pages hold ``tokens`` positions."""
         return -(-tokens // self.page_size)

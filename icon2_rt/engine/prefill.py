@@ -6,7 +6,8 @@ distribution at every position of a completion): they differ in what looks at th
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.forward import Model, Observe, computing, embed, finish, rotary, run_blocks
+from icon2_rt.engine.forward import Model, Observe, computing, embed, finish, run_blocks
 from icon2_rt.engine.kv import KVPages
-from icon2_rt.ops import RowSteering, Segment
+from icon2_rt.ops import RowSteering, Segment, rotary
 from icon2_rt.steering import CompiledSteering
 
 
@@ -76,7 +77,8 @@ def run_prefill(
 
     Args:
         observe: called as ``observe(pieces, layer, h)`` after every block, ``h [tokens, hidden]`` being the pieces
-            ``(job, start, end)`` one after the other. outputs: called with the final normed states instead of stopping
+            ``(job, start, end)`` one after the other; again from the first block if a pass does not fit the memory and
+            is repeated in smaller ones. outputs: called with the final normed states instead of stopping
             at the last block's KV. Both need jobs without a fork.
     """
     by_fork: dict[int | None, list[int]] = defaultdict(list)
@@ -84,19 +86,36 @@ def run_prefill(
         if job.end > job.start:
             by_fork[job.fork].append(n)
     for fork, members in by_fork.items():
-        for pack in _packs(jobs, members, chunk):
-            with computing(model):
-                _run_pack(model, kv, bank, jobs, pack.pieces, fork, observe, outputs)
+        todo = deque(_packs([(n, jobs[n].start, jobs[n].end) for n in members], chunk))
+        while todo:
+            pieces = todo.popleft().pieces
+            try:
+                with computing(model):
+                    h = _run_pack(model, kv, bank, jobs, pieces, fork, observe, outputs is not None)
+            except torch.OutOfMemoryError:
+                if chunk <= kv.page_size:
+                    raise
+                chunk = max(chunk // 2, kv.page_size)
+                warnings.warn(
+                    f"no memory for a prefill pass of {sum(end - start for _, start, end in pieces)} tokens: passes of "
+                    f"{chunk} are tried. A smaller prefill_chunk= or kv_memory= avoids this",
+                    stacklevel=2,
+                )
+                left = [pieces, *(pack.pieces for pack in todo)]
+                todo = deque(_packs([piece for some in left for piece in some], chunk))
+                continue
+            if outputs is not None and h is not None:
+                with computing(model):
+                    outputs(pieces, h)
 
 
-def _packs(jobs: Sequence[Prefill], members: Sequence[int], chunk: int) -> Iterator[_Pack]:
-    """Fill passes of ``chunk`` tokens. A prompt is cut at absolute multiples of ``chunk`` only, whatever its
-    neighbours, so that the same positions are always computed in the same pieces."""
+def _packs(spans: Sequence[tuple[int, int, int]], chunk: int) -> Iterator[_Pack]:
+    """Fill passes of ``chunk`` tokens with ``spans`` (job, start, end). A prompt is cut at absolute multiples of
+    ``chunk`` only, whatever its neighbours, so that the same positions are always computed in the same pieces."""
     pack = _Pack()
-    for n in members:
-        start = jobs[n].start
-        while start < jobs[n].end:
-            end = min(jobs[n].end, (start // chunk + 1) * chunk)
+    for n, start, stop in spans:
+        while start < stop:
+            end = min(stop, (start // chunk + 1) * chunk)
             if pack.pieces and pack.n_tokens + end - start > chunk:
                 yield pack
                 pack = _Pack()
@@ -115,8 +134,9 @@ def _run_pack(
     pieces: list[tuple[int, int, int]],
     fork: int | None,
     observe: Callable[[list[tuple[int, int, int]], int, Tensor], None] | None,
-    outputs: Outputs | None,
-) -> None:
+    to_the_end: bool,
+) -> Tensor | None:
+    """One pass; the final normed states ``[tokens, hidden]`` where it went ``to_the_end``."""
     n_layers, device = model.spec.n_layers, model.device
     tokens = torch.tensor([t for n, start, end in pieces for t in jobs[n].tokens[start:end]], device=device)
     watch: Observe | None = None if observe is None else (lambda layer, h: observe(pieces, layer, h))
@@ -149,7 +169,7 @@ def _run_pack(
 
     shared = [(n, start, end, jobs[n].copies[0]) for n, start, end in pieces]
     positions, slots, attend = lay_out(shared)
-    rope = rotary(model, positions)
+    rope = rotary(positions, model.weights.inv_freq, model.spec.rope_scaling, model.dtype)
     stream = embed(model, tokens)
     if fork is None:
         steering = steer(shared) if any(copy.steering for *_, copy in shared) else None
@@ -163,13 +183,9 @@ def _run_pack(
             attend,
             steering,
             watch,
-            kv_only=outputs is None and watch is None,
+            kv_only=not to_the_end and watch is None,
         )
-        if outputs is not None or watch is not None:
-            h = finish(model, stream, steering, watch)
-            if outputs is not None:
-                outputs(pieces, h)
-        return
+        return finish(model, stream, steering, watch) if to_the_end or watch is not None else None
     # Up to block l* the copies agree, also in what is added after the blocks before l*.
     stream = run_blocks(model, stream, range(fork + 1), rope, kv, slots, attend, steer(shared))
     forked, rows, begin = [], [], 0
@@ -183,13 +199,14 @@ def _run_pack(
         model,
         stream.take(torch.cat(rows).to(device)),
         range(fork + 1, n_layers),
-        rotary(model, positions),
+        rotary(positions, model.weights.inv_freq, model.spec.rope_scaling, model.dtype),
         kv,
         slots,
         attend,
         steer(forked),
         kv_only=True,
     )
+    return None
 
 
 def _span(start: int, end: int) -> Tensor:

@@ -61,7 +61,9 @@ class Row:
     """One branch in the running batch.
 
     ``low`` and ``high`` are its pages by position, for blocks up to ``fork`` and above it (one list where nothing
-    forked). ``position`` is where ``token`` goes next; it starts at the last prompt token.
+    forked). ``position`` is where ``token`` goes next; it starts at the last prompt token. ``launched`` counts the
+    steps that the device was given for this row; ``tokens`` are the results that have come back: fewer, on a device
+    that runs ahead of the host.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Row:
     fork: int
     position: int
     token: int
+    launched: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -81,11 +84,22 @@ class Row:
 
     @property
     def steering(self) -> CompiledSteering | None:
-        """What acts on the token that is fed next: "generated" leaves the last prompt token alone."""
+        """What acts on the token of the next step: "generated" leaves the last prompt token alone."""
         steering = self.request.branches[self.branch].steering
-        if steering is not None and steering.scope == "generated" and not self.tokens:
+        if steering is not None and steering.scope == "generated" and not self.launched:
             return None
         return steering
+
+    @property
+    def next_position(self) -> int:
+        """Where the token of the next step goes, if the row has not ended in a step that is still under way."""
+        return len(self.request.tokens) - 1 + self.launched
+
+    @property
+    def min_tokens(self) -> int:
+        """So many tokens come before an eos may: min_new_tokens, or min_length, prompt included."""
+        sampling = self.request.sampling
+        return max(sampling.min_new_tokens, sampling.min_length - len(self.request.tokens))
 
     @property
     def pages(self) -> set[int]:

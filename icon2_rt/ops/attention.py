@@ -54,13 +54,14 @@ class AttentionItems:
 
     def update(self, state: RowState) -> None:
         """Write ``lengths`` and ``n_splits`` for the positions in ``state``."""
-        first = self.rows[:, 0].clamp(min=0)
-        lengths = (state.positions[first] + 1 - self.splits * self.split).clamp(0, self.split)
+        rows = self.rows
+        if not self.dense:  # what comes after count may speak of seats that are not run now
+            rows = torch.where((torch.arange(len(rows), device=rows.device) < self.count)[:, None], rows, -1)
+        seats = rows.clamp(min=0)
+        lengths = (state.positions[seats[:, 0]] + 1 - self.splits * self.split).clamp(0, self.split)
         n_splits = state.positions // self.split + 1
         if not self.dense:
-            wanted = (state.running[self.rows.clamp(min=0)] & (self.rows >= 0)).any(dim=1)
-            wanted &= torch.arange(len(wanted), device=wanted.device) < self.count
-            lengths = torch.where(wanted, lengths, 0)
+            lengths = torch.where((state.running[seats] & (rows >= 0)).any(dim=1), lengths, 0)
             n_splits = torch.where(state.running, n_splits, 0)
         self.lengths.copy_(lengths)
         self.n_splits.copy_(n_splits)
