@@ -59,7 +59,7 @@ def demo(
         result = run(the_demo.config(), out or the_demo.fresh_folder(), watch=watch)
     records = list(result.records())
     screen.print(display.run_report(result.report, result.seconds))
-    screen.print(display.examples(records, 4))
+    screen.print(display.examples(result.report["examples"][:4]))
     screen.print(display.judgement_table(the_demo.judge(records)))
     _where(screen, result.path)
 
@@ -276,7 +276,7 @@ def _where(screen: Any, path: Path) -> None:
     from rich.text import Text
 
     screen.print(
-        Text(f"\nThe dataset is in {path}  (report.json: all figures, manifest.json: how it was made)", "bold")
+        Text(f"\nThe dataset is in {path}  (report.html: all figures; manifest.json: how it was made)", "bold")
     )
     if importlib.util.find_spec("datasets") is None:
         screen.print("  The two lines need `pip install datasets` (training with DPO: `pip install trl`).")

@@ -103,7 +103,7 @@ def run_report(report: Mapping[str, Any], seconds: Mapping[str, float] | None = 
         shown = [baseline_table(report, _took(seconds, "instructions"))]
         if report["counts"]["pairs"]:
             shown.append(pairs_table(report, _took(seconds, "pairs"), "2"))
-        return Group(*shown, warnings_list(report["warnings"]))
+        return Group(*shown, checks_list(report["checks"], report["warnings"]))
     return Group(
         directions_table(
             report["directions"]["health"],
@@ -114,7 +114,7 @@ def run_report(report: Mapping[str, Any], seconds: Mapping[str, float] | None = 
         consistency_table(report),
         strengths_table(report, _took(seconds, "strengths")),
         pairs_table(report, _took(seconds, "pairs")),
-        warnings_list(report["warnings"]),
+        checks_list(report["checks"], report["warnings"]),
     )
 
 
@@ -264,36 +264,33 @@ def pairs_table(report: Mapping[str, Any], took: str = "", number: str = "4") ->
     return table(f"{number}. Pairs{took}", ["", "chosen", "rejected"], rows, caption)
 
 
-def warnings_list(warnings: Sequence[str]) -> RenderableType:
-    if not warnings:
-        return Text("\n  No warnings from the health checks.", style="green")
-    lines = [Padding(Text(f"! {warning}", style="yellow"), (0, 0, 0, 2)) for warning in warnings]
-    return Group(heading("Warnings from the health checks"), *lines)
+def checks_list(checks: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> RenderableType:
+    """How many health checks are red, yellow and green; the warnings, and what is yellow without one."""
+    styles = {"red": "bold red", "yellow": "yellow", "green": "green"}
+    counts = Text("\n  Health checks: ")
+    for status, style in styles.items():
+        if number := sum(check["status"] == status for check in checks):
+            counts.append(f"{number} {status}  ", style)
+    lines = [f"! {warning}" for warning in warnings]
+    lines += [
+        f"  {check['title']}: {check['shown']} ({check['limits']})"
+        for check in checks
+        if check["status"] == "yellow" and not check["notes"]
+    ]
+    return Group(counts, *[Padding(Text(line, style="yellow"), (0, 0, 0, 4)) for line in lines])
 
 
-def examples(records: Sequence[Mapping[str, Any]], count: int) -> RenderableType:
-    """A few pairs side by side, spread over the criteria."""
+def examples(shown: Sequence[Mapping[str, str]]) -> RenderableType:
+    """A few pairs side by side: the report's examples."""
     body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", show_lines=True)
     body.add_column("instruction (criterion)", ratio=3)
     body.add_column("chosen", ratio=4)
     body.add_column("rejected", ratio=4)
-    for record in _spread(records, count):
-        prompt = Text(record["prompt"][0]["content"])
-        prompt.append(f"\n({record['criterion']})", style="dim")
-        body.add_row(prompt, Text(record["chosen"][0]["content"]), Text(record["rejected"][0]["content"]))
+    for example in shown:
+        prompt = Text(example["prompt"])
+        prompt.append(f"\n({example['criterion']})", style="dim")
+        body.add_row(prompt, Text(example["chosen"]), Text(example["rejected"]))
     return Group(heading("A few pairs side by side (the first of each criterion)"), Padding(body, (0, 0, 0, 2)))
-
-
-def _spread(records: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Pairs that differ, by turns from each criterion, in the dataset's order: no choosing of pretty ones."""
-    waiting: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        if record["first_difference"] is not None:
-            waiting.setdefault(record["criterion"], []).append(record)
-    found: list[Mapping[str, Any]] = []
-    while len(found) < count and any(waiting.values()):
-        found += [queue.pop(0) for queue in waiting.values() if queue]
-    return found[:count]
 
 
 def judgement_table(judgement: Judgement) -> RenderableType:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from icon2_rt.pipeline.calibrate import BETTER_SHARE, FLUENCY_LOSS
+from icon2_rt.pipeline.calibrate import FLUENCY_LOSS
 from icon2_rt.pipeline.consistency import DEGENERATE_SHARE
 from icon2_rt.pipeline.separability import SEPARATED
 
@@ -44,7 +44,7 @@ class Rule:
         if self.unit == "%":
             percent = f"{100 * value:.1f}"
             return f"{percent.removesuffix('.0')} %"
-        return f"{value:.3g}" if self.unit == "" else f"{value:.2f}{'×' if self.unit == '×' else ' nats'}"
+        return f"{value:.3f}" if self.unit == "" else f"{value:.2f}{'×' if self.unit == '×' else ' nats'}"
 
     @property
     def limits(self) -> str:
@@ -134,7 +134,7 @@ RULES: dict[str, Rule] = {
         "criterion, or give every instruction its criterion in instructions.file.",
     ),
     "calibrated": Rule(
-        "Strengths", "Calibration: positive beats negative", BETTER_SHARE, 0.6,
+        "Strengths", "Calibration: positive beats negative", 0.9, 0.6,
         "The paper's condition for γ⁻, on instructions that are not used for pairs; ties count half.",
         "Add larger negative doses as long as the text stays fluent; try other pairs.layers; a low pairs.temperature "
         'or pairs.noise = "common" leaves less to chance.',

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from icon2_rt.pipeline import baselines, checks, dataset, health, separability, stages
+from icon2_rt.pipeline import baselines, checks, dataset, stages
 from icon2_rt.pipeline.config import BaselineConfig, RunConfig
-from icon2_rt.pipeline.effect import token_ids
 from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.functions import is_function, load_function
 from icon2_rt.pipeline.judges import Judge, RewardModel
+from icon2_rt.pipeline.report import pair_sections
 from icon2_rt.pipeline.stages import Job, Scored
 
 MEANINGS = {
@@ -74,16 +74,12 @@ def pairs(
 
 def compose(job: Job, counts: Mapping[str, int], shards: Sequence[Artifact]) -> dict[str, Any]:
     """The content of ``report.json`` for a baseline."""
-    records = [r for shard in shards for path in shard.files for r in dataset.from_parquet(job.folder.read(path))]
-    probed = [records[i] for i in health.spaced(len(records), separability.PAIRS)]
-    texts = [(record["chosen"][0]["content"], record["rejected"][0]["content"]) for record in probed]
     dropped = sum((Counter(shard.facts["dropped"]) for shard in shards), Counter())
+    sections = pair_sections(job, shards)
     report: dict[str, Any] = {
         "baseline": {"recipe": _settings(job).recipe, "samples": _settings(job).n_samples, "dropped": dict(dropped)},
-        "counts": {"instructions": dict(counts), "pairs": len(records), "shards": len(shards)},
-        "columns": list(dataset.columns_of(records[0])) if records else [],
-        "pairs": health.pair_health([health.without_text(record) for record in records]),
-        "separability": separability.probe(texts, token_ids(job.rt)),
+        "counts": {"instructions": dict(counts), "pairs": sections["pairs"]["pairs"], "shards": len(shards)},
+        **sections,
     }
     found = checks.examine(report)
     lost = [f"{dropped.total()} of {counts['kept']} instructions gave no pair"] if dropped else []
@@ -103,7 +99,6 @@ def card(config: RunConfig, report: Mapping[str, Any]) -> str:
         lines.append(f"- length ratio chosen/rejected {pairs['length_ratio']:.2f}")
     if report["warnings"]:
         lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
-    lines += ["", "`report.json` has every figure, `manifest.json` what the run was made with."]
     columns = {name: MEANINGS.get(name, (dataset.COLUMNS | dataset.OPTIONAL)[name]) for name in report["columns"]}
     return dataset.card("Preference pairs of a baseline", "\n".join(lines), columns)
 

@@ -124,6 +124,8 @@ configs:
 
 {body}
 
+`report.html` shows every figure, `report.json` has them, and `manifest.json` says what the run was made with.
+
 ## Use
 
 ```python

@@ -12,6 +12,9 @@ from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.stages import Job
 from icon2_rt.steering import DirectionSet
 
+# Of each criterion so many pairs are shown, the first ones of the dataset that differ.
+EXAMPLES = 4
+
 
 def compose(
     job: Job,
@@ -23,26 +26,15 @@ def compose(
     effect: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of ``report.json``, from the artifacts alone."""
-    probed = set(health.spaced(sum(shard.facts["pairs"] for shard in shards), separability.PAIRS))
-    figures: list[dict[str, Any]] = []
-    texts = []
-    columns: list[str] = []
-    for shard in shards:
-        for path in shard.files:
-            for record in dataset.from_parquet(job.folder.read(path)):
-                if len(figures) in probed:
-                    texts.append((record["chosen"][0]["content"], record["rejected"][0]["content"]))
-                columns = columns or list(dataset.columns_of(record))
-                figures.append(health.without_text(record))
+    sections = pair_sections(job, shards)
     keys = ("kept_share", "histogram", "kept_histogram", "scores", "score", "distributions", "warnings")
     report: dict[str, Any] = {
         "counts": {
             "features": dict(features.facts["counts"]) if features else None,
             "instructions": dict(kept.facts["counts"]),
-            "pairs": len(figures),
+            "pairs": sections["pairs"]["pairs"],
             "shards": len(shards),
         },
-        "columns": columns,
         "directions": {
             "names": direction_set.names,
             "health": health.direction_health(direction_set),
@@ -50,13 +42,51 @@ def compose(
         },
         "consistency": {"scale": job.config.filter.scale, **{key: kept.facts[key] for key in keys}},
         "strengths": dict(strengths.facts),
-        "pairs": health.pair_health(figures),
-        "separability": separability.probe(texts, token_ids(job.rt)),
+        **sections,
         "effect": effect,
     }
     found = checks.examine(report)
     strangers = health.made_elsewhere(direction_set, job.rt.fingerprint)
     return {"checks": [check.to_dict() for check in found], "warnings": [*strangers, *checks.warnings(found)], **report}
+
+
+def pair_sections(job: Job, shards: Sequence[Artifact]) -> dict[str, Any]:
+    """What the dataset itself has to say, however it was made: columns, figures, separability, examples.
+
+    It is read once, shard by shard; of most records only the figures are kept.
+    """
+    probed = set(health.spaced(sum(shard.facts["pairs"] for shard in shards), separability.PAIRS))
+    figures: list[dict[str, Any]] = []
+    texts: list[tuple[str, str]] = []
+    columns: list[str] = []
+    shown: dict[str | None, list[dict[str, Any]]] = {}
+    for shard in shards:
+        for path in shard.files:
+            for record in dataset.from_parquet(job.folder.read(path)):
+                if len(figures) in probed:
+                    texts.append((record["chosen"][0]["content"], record["rejected"][0]["content"]))
+                figures.append(health.without_text(record))
+                columns = columns or list(dataset.columns_of(record))
+                examples = shown.setdefault(record["criterion"], [])
+                if record["first_difference"] is not None and len(examples) < EXAMPLES:
+                    examples.append(_example(record))
+    return {
+        "columns": columns,
+        "pairs": health.pair_health(figures),
+        "separability": separability.probe(texts, token_ids(job.rt)),
+        "examples": _by_turns(list(shown.values())),
+    }
+
+
+def _example(record: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {key: record[key][0]["content"] for key in ("prompt", "chosen", "rejected")}
+    return {"criterion": record["criterion"], **texts}
+
+
+def _by_turns(queues: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The first of each, the second of each …: no choosing of pretty ones."""
+    rounds = max((len(queue) for queue in queues), default=0)
+    return [queue[i] for i in range(rounds) for queue in queues if i < len(queue)]
 
 
 def card(config: RunConfig, report: Mapping[str, Any]) -> str:
@@ -76,7 +106,6 @@ def card(config: RunConfig, report: Mapping[str, Any]) -> str:
     ]
     if report["warnings"]:
         lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
-    lines += ["", "`report.json` has every figure, `manifest.json` what the run was made with."]
     columns = dataset.columns_of(dict.fromkeys(report["columns"]))
     return dataset.card("Steered preference pairs", "\n".join(lines), columns)
 

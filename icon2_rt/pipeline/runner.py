@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from icon2_rt.pipeline import comparison, dataset, manifest, stages
+from icon2_rt.pipeline import comparison, dataset, manifest, page, stages
 from icon2_rt.pipeline.config import RunConfig, controlled_layers
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
@@ -102,6 +102,7 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
 
         def finish(report: dict[str, Any], readme: str) -> RunResult:
             folder.write_result("report.json", to_json(report))
+            folder.write_result("report.html", page.render(report, about).encode())
             folder.write_result("README.md", readme.encode())
             finished = {**about, "counts": report["counts"], "finished": True}
             folder.write_manifest(finished)
