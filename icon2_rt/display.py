@@ -271,13 +271,16 @@ def checks_list(checks: Sequence[Mapping[str, Any]], warnings: Sequence[str]) ->
     for status, style in styles.items():
         if number := sum(check["status"] == status for check in checks):
             counts.append(f"{number} {status}  ", style)
-    lines = [f"! {warning}" for warning in warnings]
-    lines += [
-        f"  {check['title']}: {check['shown']} ({check['limits']})"
+    near = [
+        f"{check['title']}: {check['shown']} ({check['limits']})"
         for check in checks
         if check["status"] == "yellow" and not check["notes"]
     ]
-    return Group(counts, *[Padding(Text(line, style="yellow"), (0, 0, 0, 4)) for line in lines])
+    return Group(counts, warnings_list(warnings), warnings_list(near, mark=" "))
+
+
+def warnings_list(warnings: Sequence[str], mark: str = "!") -> RenderableType:
+    return Group(*[Padding(Text(f"{mark} {warning}", style="yellow"), (0, 0, 0, 4)) for warning in warnings])
 
 
 def examples(shown: Sequence[Mapping[str, str]]) -> RenderableType:
