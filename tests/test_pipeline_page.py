@@ -24,6 +24,14 @@ EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
+def _band(name: str, layers: list[int]) -> dict[str, Any]:
+    rungs = [
+        {"dose": dose, "quality": dose, "quality_interval": [dose - 0.1, dose + 0.1], "logprob": -1 - dose**2}
+        for dose in (-0.2, -0.1, 0.0, 0.1, 0.2)
+    ]
+    return {"band": name, "layers": layers, "rungs": rungs, "positive_dose": 0.2, "negative_dose": -0.1}
+
+
 def _report(name: str = "kind") -> dict[str, Any]:
     """A report with every section, small and made up; ``name`` is the first criterion's."""
     names, sides = [name, "brief"], ("chosen", "rejected")
@@ -53,6 +61,16 @@ def _report(name: str = "kind") -> dict[str, Any]:
             "layers": [1, 2],
             "residual_norms": [10.0, 20.0, 30.0, 40.0],
             "dose": {"positive": [None, 0.2, 0.13, None], "negative": [None, 0.1, 0.07, None]},
+            "calibration": {
+                "quality": "agreement",
+                "band": "middle",
+                "bands": [_band("middle", [1, 2]), _band("all", [0, 1, 2, 3])],
+                "positive_beats_negative": 0.92,
+                "positive_beats_negative_interval": [0.85, 0.97],
+                "positive_beats_negative_held_out": 0.9,
+                "ties": 0.1,
+                "notes": [],
+            },
         },
         "pairs": {
             "pairs": 9,
@@ -70,6 +88,14 @@ def _report(name: str = "kind") -> dict[str, Any]:
                 "logprob_per_token": health.histograms({side: [-1.0, -2.0, -1.5] for side in sides}),
                 "first_difference": health.histograms({"pairs": [0, 1, 1]}),
             },
+        },
+        "costs": {
+            "pairs": 9,
+            "steps": {
+                "synthesis": {"prefilled": 100, "decoded": 2000, "scored": 0, "flops": 10**9},
+                "pairs": {"prefilled": 100, "decoded": 4000, "scored": 0, "flops": 3 * 10**9},
+            },
+            "judge": {"tokens": 700, "flops": 10**8},
         },
         "separability": {"pairs": 9, "curve": [[8, 0.5], [16, 0.98]], "accuracy": 0.98, "separated_after": 16},
         "effect": {
@@ -137,13 +163,21 @@ def test_the_page_is_whole() -> None:
     assert max(Counter(ids).values()) == 1
     assert links == [f"#{name}" for name in ids]
     counted = Counter(tag for tag, _ in reader.tags)
-    assert counted["svg"] == counted["figure"] == 15
-    assert counted["details"] == len(checks.RULES)  # no calibration was made, and the settings are one more
+    assert counted["svg"] == counted["figure"] == 17
+    assert counted["details"] == len(checks.RULES) + 1  # and the settings
     text = " ".join(" ".join(reader.text).split())
     for check in _report()["checks"]:
         assert check["title"] in text
         assert checks.RULES[check["key"]].todo in text
-    for words in ("models/kind", "Be cruel.", "no system turn", "98 %", "9 instructions kept of 20 drawn", "✕ 4 red"):
+    for words in (
+        "models/kind",
+        "Be cruel.",
+        "no system turn",
+        "98 %",
+        "4.44e+08 forward",
+        "9 instructions kept of 20 drawn",
+        "✕ 4 red",
+    ):
         assert words in text
 
 
@@ -323,7 +357,7 @@ def test_a_browser_draws_it_without_an_error_at_every_width(tmp_path: Path) -> N
     assert [row[0] for row in found] == [320, 390, 768, 1280]
     for width, scroll, drawn, smallest, letters in found:
         assert scroll <= width
-        assert drawn == 15
+        assert drawn == 17
         assert smallest >= 250
         assert letters == "16px"
 
@@ -331,6 +365,6 @@ def test_a_browser_draws_it_without_an_error_at_every_width(tmp_path: Path) -> N
     alone.write_text(text, encoding="utf-8")
     dom, said = _browse(alone, tmp_path / "b")
     assert "CONSOLE" not in said
-    assert dom.count("<svg") == 15
+    assert dom.count("<svg") == 17
     alone.write_text(text.replace("</main>", "<img src=x></main>"), encoding="utf-8")  # its own policy forbids it
     assert "CONSOLE" in _browse(alone, tmp_path / "c")[1]

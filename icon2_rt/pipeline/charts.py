@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 # One chart's own coordinates. It is about as wide as a phone, so that its letters are as large as the text around it.
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 18, 40
 STYLES = 8
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``(x, y)`` points in order, a gap where y is None; ``style`` is its CSS class."""
+    """One line: ``(x, y)`` points in order, a gap where y is None; ``style`` is its CSS class.
+
+    ``intervals``: low and high per point; ``rings``: the x of points to point out, with a word for each.
+    """
 
     name: str
     points: Sequence[tuple[float, float | None]]
     style: str
+    intervals: Sequence[tuple[float, float]] = ()
+    rings: Mapping[float, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ def lines(
         marks: y values with a dashed line across.
     """
     points = [(px, py) for one in series for px, py in one.points if py is not None]
-    ys = [py for _, py in points] + list(include) + list(marks) or [0.0, 1.0]
+    ends = [end for one in series for interval in one.intervals for end in interval]
+    ys = [py for _, py in points] + ends + list(include) + list(marks) or [0.0, 1.0]
     xs = [px for one in series for px, _ in one.points] or [0.0, 1.0]
     frame = _Frame(x, y, (min(xs), max(xs)), (min(ys), max(ys)), pad=0.5 if band else 0.0)
     parts = [frame.band(*band)] if band else []
@@ -82,6 +88,18 @@ def lines(
             f"<title>{escape(one.name)}, {escape(x.label)} {x.text(px)}: {_exact(y, py)}</title></circle>"
             for px, py in one.points
             if py is not None
+        ]
+        parts += [
+            f'<line class="line {one.style}" x1="{frame.x(px):.1f}" x2="{frame.x(px):.1f}" y1="{frame.y(low):.1f}" '
+            f'y2="{frame.y(high):.1f}"/>'
+            for (px, _), (low, high) in zip(one.points, one.intervals, strict=bool(one.intervals))
+        ]
+        parts += [
+            f'<circle class="ring" cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}" r="7"/>'
+            f'<text class="label" x="{frame.x(px):.1f}" y="{frame.y(py) - 10:.1f}" text-anchor="middle">'
+            f"{escape(one.rings[px])}</text>"
+            for px, py in one.points
+            if px in one.rings and py is not None
         ]
     return frame.svg(parts, f"{y.label} by {x.label}: {', '.join(one.name for one in series)}")
 

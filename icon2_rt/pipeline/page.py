@@ -31,6 +31,7 @@ def render(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         ("strengths", "Strengths", _strengths(report)),
         ("pairs", "Pairs", _pairs(report)),
         ("effect", "Effect", _effect(report)),
+        ("costs", "Costs", _costs(report)),
         ("examples", "Examples", _examples(report)),
         ("making", "How it was made", _making(manifest)),
     ]
@@ -211,26 +212,41 @@ def _strengths(report: Mapping[str, Any]) -> str:
 
 
 def _ladder(calibration: Mapping[str, Any] | None) -> list[str]:
-    """The calibration's ladder: quality and likelihood by dose, with the doses that were chosen."""
+    """The calibration's ladder of doses: quality and likelihood, for every band of blocks that was tried."""
     if calibration is None:
         return []
-    rungs = calibration["rungs"]
+    bands = calibration["bands"]
+    names = {_range(band["layers"]): style(i) for i, band in enumerate(bands)}
+    legend = names if len(bands) > 1 else {}
+    low, high = calibration["positive_beats_negative_interval"]
     chosen = (
-        f"Chosen: {calibration['positive_dose']:+.0%} and {calibration['negative_dose']:+.0%}; positive beats negative "
-        f"in {calibration['positive_beats_negative']:.0%} of the calibration instructions."
+        f"Rings: the doses that were chosen. The positive response is better in "
+        f"{calibration['positive_beats_negative']:.0%} ({low:.0%} to {high:.0%}) of the instructions where the two "
+        f"differ, in {calibration['positive_beats_negative_held_out']:.0%} of those that did not choose them; "
+        f"{calibration['ties']:.0%} are ties."
     )
-    x = Axis("dose", percent=True)
+
+    def ladder(key: str, label: str) -> str:
+        series = [
+            Series(
+                name,
+                [(rung["dose"], rung[key]) for rung in band["rungs"]],
+                css,
+                [rung["quality_interval"] for rung in band["rungs"]] if key == "quality" else (),
+                {band["positive_dose"]: "γ⁺", band["negative_dose"]: "γ⁻"},
+            )
+            for (name, css), band in zip(names.items(), bands, strict=True)
+        ]
+        return lines(series, Axis("dose", percent=True), Axis(label))
+
     return [
+        _figure(f"Calibration: {calibration['quality']}", ladder("quality", "mean quality"), chosen, legend),
         _figure(
-            title,
-            lines([Series(title, [(rung["dose"], rung[key]) for rung in rungs], css)], x, Axis(title)),
-            caption,
-            {},
-        )
-        for key, title, css, caption in (
-            ("agreement", "Calibration: agreement by dose", "chosen", chosen),
-            ("logprob", "Calibration: log p per token by dose", "neutral", "Under the unsteered model."),
-        )
+            "Calibration: likelihood",
+            ladder("logprob", "log p per token"),
+            "Under the unsteered model. Where it falls steeply, text breaks.",
+            legend,
+        ),
     ]
 
 
@@ -328,6 +344,31 @@ def _effect(report: Mapping[str, Any]) -> str:
     return f'{text}{_table(["", *sides], rows)}<div class="figures">{"".join(figures)}</div>'
 
 
+def _costs(report: Mapping[str, Any]) -> str:
+    costs = report.get("costs")
+    if not costs or not costs["pairs"]:
+        return ""
+    steps = costs["steps"]
+    total = sum(step["flops"] for step in steps.values())
+    rows = [
+        [
+            name,
+            *(f"{step[key]:,}" for key in ("prefilled", "decoded", "scored")),
+            f"{step['flops']:.3g}",
+            f"{step['flops'] / max(1, total):.1%}",
+        ]
+        for name, step in steps.items()
+    ]
+    if judge := costs.get("judge"):
+        rows.append(["reward model", f"{judge['tokens']:,}", "0", "0", f"{judge['flops']:.3g}", "–"])
+    text = (
+        f"<p>{total / costs['pairs']:.3g} forward FLOPs a pair, of the model itself. Figures and checks (the responses "
+        f"read again, and what this page needs) belong to no method. Seconds and memory, and the comparison with "
+        f"baselines in three accountings: <code>icon2 costs</code>.</p>"
+    )
+    return text + _table(["step", "tokens prefilled", "decoded", "scored", "FLOPs", "share"], rows)
+
+
 def _examples(report: Mapping[str, Any]) -> str:
     articles = []
     for example in report.get("examples", ()):
@@ -392,8 +433,12 @@ def _spread(values: Mapping[str, Any], sides: Sequence[str], label: str) -> str:
     return histogram(found["edges"], {side: (side, found["counts"][side]) for side in sides}, Axis(label))
 
 
+def _range(layers: Sequence[int]) -> str:
+    return f"blocks {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"block {layers[0]}"
+
+
 def _blocks(layers: Sequence[int]) -> str:
-    return f"the controlled blocks, {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"block {layers[0]}"
+    return f"the controlled {_range(layers)}"
 
 
 def _parting(a: str, b: str) -> int:
