@@ -243,6 +243,33 @@ def export(
     display.console().print(f"  {len(rows)} rows in {out}, from {result.report['counts']['pairs']} records")
 
 
+@app.command("costs")
+def show_costs(
+    run: Annotated[Path, typer.Argument(help="A finished run of the method.")],
+    baselines: Annotated[
+        list[Path] | None, typer.Argument(help="Finished runs of baselines on the same model.")
+    ] = None,
+    unit: Annotated[str, typer.Option(help="flops, tokens or seconds.")] = "flops",
+    pairs: Annotated[
+        int | None, typer.Option(help="Spread what is done once over so many pairs, not over the run's own.")
+    ] = None,
+) -> None:
+    """What a pair cost, step by step, and what the method saves beside baselines, in three accountings."""
+    from icon2_rt import display
+    from icon2_rt.pipeline import costs
+    from icon2_rt.pipeline.runner import finished_run
+
+    _one_of("--unit", unit, costs.UNITS)
+    if pairs is not None and pairs < 1:
+        raise ValueError(f"--pairs: must be at least 1, not {pairs}")
+    results = [finished_run(path) for path in (run, *(baselines or ()))]
+    screen = display.console()
+    for result in results:
+        screen.print(display.costs_table(result.path.name, result.report["costs"], costs.clock(result.path)))
+    rows = costs.compare(results[0], results[1:], unit, pairs)  # type: ignore[arg-type]  # checked above
+    screen.print(display.savings_table(rows, unit, costs.ratio(results[0])))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """The benchmarks of a checkout; what follows is passed on to them."""

@@ -279,6 +279,53 @@ def checks_list(checks: Sequence[Mapping[str, Any]], warnings: Sequence[str]) ->
     return Group(counts, warnings_list(warnings), warnings_list(near, mark=" "))
 
 
+def costs_table(name: str, costs: Mapping[str, Any], clock: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    """What each step of a run cost."""
+    rows = []
+    for step in {**costs["steps"], **clock}:
+        counts, timed = costs["steps"].get(step, {}), clock.get(step, {})
+        rows.append(
+            [
+                step,
+                *(f"{counts.get(key, 0):,}" for key in ("prefilled", "decoded", "scored")),
+                f"{counts.get('flops', 0):.3g}",
+                f"{timed['seconds']:.1f}" if timed else "–",
+                f"{timed['peak_bytes'] / 2**20:,.0f}" if timed.get("peak_bytes") else "–",
+            ]
+        )
+    if judge := costs.get("judge"):
+        rows.append(["reward model", f"{judge['tokens']:,}", "0", "0", f"{judge['flops']:.3g}", "–", "–"])
+    return table(
+        f"{name}: {costs['pairs']} pairs",
+        ["step", "prefilled", "decoded", "scored", "FLOPs", "seconds", "peak MiB"],
+        rows,
+        "Tokens. figures: the responses read again for the dataset's log-probabilities; checks: for the report. Both "
+        "belong to no method.",
+    )
+
+
+def savings_table(rows: Sequence[Mapping[str, Any]], unit: str, ratio: float) -> RenderableType:
+    """What a pair costs by method and accounting, and the share that the method saves."""
+    names = {"all": "D_raw to all", "own": "own needs", "paper": "the paper's"}
+    figures = [
+        [
+            row["name"],
+            *(f"{row[key]:.3g}" for key in ("answering", "judging", "once")),
+            *(f"{row['total'][a]:.3g}" + (f" ({row['saving'][a]:+.0%})" if row is not rows[0] else "") for a in names),
+        ]
+        for row in rows
+    ]
+    return table(
+        f"A pair's cost in {unit}",
+        ["", "answers", "judging", "once", *names.values()],
+        figures,
+        f"In brackets what icon2 saves. judging: scoring instructions for icon2. once: a pair's share of directions "
+        f"and strengths. D_raw to all: everybody pays for the instructions that icon2 drew; own needs: each for as many "
+        f"as it uses; the paper's: nobody, and icon2 scores only what it keeps. An instruction has {ratio:.2f} times the "
+        f"tokens of a response.",
+    )
+
+
 def warnings_list(warnings: Sequence[str], mark: str = "!") -> RenderableType:
     return Group(*[Padding(Text(f"{mark} {warning}", style="yellow"), (0, 0, 0, 4)) for warning in warnings])
 

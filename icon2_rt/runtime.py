@@ -27,6 +27,7 @@ from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, PairedOutput, Prompt, Scored
 from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
+from icon2_rt.usage import Usage
 
 Steerings = Steering | None | Sequence[Steering | None]
 Noise = Literal["independent", "common"]
@@ -92,6 +93,7 @@ class Runtime:
         self._engine = Engine(Model(self.spec, weights, ops), options)
         self._encoder = Encoder(tokenizer, self.spec.vocab_size, self.spec.max_length)
         self._warned: set[str] = set()
+        self.usage = Usage()
 
     @classmethod
     def from_pretrained(
@@ -313,6 +315,8 @@ class Runtime:
         with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
             for request, rows in self._engine.decode(requests, decode):
                 bar.update()
+                pinned = len(request.prefix.tokens) if request.prefix is not None else 0
+                self.usage.generated(len(request.tokens), pinned, [len(row.tokens) for row in rows])
                 yield BranchedOutput(request.index, prompts[request.index], [self._completion(row) for row in rows])
 
     def _completion(self, row: Row) -> Completion:
@@ -462,6 +466,7 @@ class Runtime:
             for n, logprobs, entropies in self._engine.score(sequences):
                 tokens, n_prompt, _ = sequences[n]
                 scored[n] = Scored(tokens[n_prompt:], logprobs, entropies)
+                self.usage.scored(n_prompt, len(tokens) - n_prompt)
                 bar.update()
         return [s for s in scored if s is not None]
 
@@ -493,6 +498,8 @@ class Runtime:
         """Run prompts in batches; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
         with tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
             for batch in self._engine.read(tokens, visit, pinned):
+                for n in batch:
+                    self.usage.read(len(tokens[n]), len(pinned.tokens) if pinned is not None else 0)
                 yield batch
                 bar.update(len(batch))
 
@@ -604,6 +611,7 @@ class Prefix:
         if self._pinned is not None:
             raise RuntimeError("this prefix is pinned already: it is inside its `with` block")
         self._pinned = self._runtime._engine.pin(self.tokens)
+        self._runtime.usage.read(len(self.tokens))
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -81,14 +81,15 @@ def make(
     samples = recipe.sample(instructions)
     if baseline.recipe == "self_refine":
         return recipe.self_refine(instructions, samples)
-    if baseline.recipe == "best_of_n":
-        if judge is None:
-            raise ValueError("best_of_n needs a judge")
-        rewards = recipe.judged(instructions, samples, judge)
-    elif baseline.self_judge == "grade":
-        rewards = recipe.graded(instructions, samples)
-    else:
-        rewards = recipe.likelier(instructions, samples)
+    with rt.usage.during("judging"):
+        if baseline.recipe == "best_of_n":
+            if judge is None:
+                raise ValueError("best_of_n needs a judge")
+            rewards = recipe.judged(instructions, samples, judge)
+        elif baseline.self_judge == "grade":
+            rewards = recipe.graded(instructions, samples)
+        else:
+            rewards = recipe.likelier(instructions, samples)
     return recipe.best_and_worst(instructions, samples, rewards)
 
 
@@ -127,7 +128,8 @@ class _Recipe:
         rewards: Sequence[tuple[float, float]] | None = None,
     ) -> list[dict[str, Any]]:
         chats = [self.frame.messages(item.text) for item in instructions]
-        scored = self.rt.score([chat for chat in chats for _ in range(2)], [c for pair in pairs for c in pair])
+        with self.rt.usage.during("figures"):
+            scored = self.rt.score([chat for chat in chats for _ in range(2)], [c for pair in pairs for c in pair])
         found = []
         for n, (item, pair) in enumerate(zip(instructions, pairs, strict=True)):
             given = rewards[n] if rewards is not None else (None, None)
@@ -237,12 +239,13 @@ class _Recipe:
             chats.append(chat)
         if not items:
             return [], dropped
-        refined = self.rt.generate(
-            chats,
-            seed=stage_seed(self.seed, "refinements"),
-            sample_ids=[item.id for item in items],
-            generation_config=self.sampling,
-        )
+        with self.rt.usage.during("refinement"):
+            refined = self.rt.generate(
+                chats,
+                seed=stage_seed(self.seed, "refinements"),
+                sample_ids=[item.id for item in items],
+                generation_config=self.sampling,
+            )
         return self.records(items, list(zip(refined, firsts, strict=True))), dropped
 
     def opposing_prompts(self, instructions: Sequence[Instruction], names: Sequence[str]) -> list[dict[str, Any]]:

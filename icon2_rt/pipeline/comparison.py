@@ -50,6 +50,8 @@ def pairs(
         name = f"pairs-{len(artifacts):05d}"
         artifact = job.folder.finished(name, raw)
         if artifact is None:
+            job.rt.usage.begin("pairs")
+            read_before = judge.tokens if isinstance(judge, RewardModel) else 0
             records, dropped = baselines.make(
                 job.rt,
                 job.frame,
@@ -63,8 +65,10 @@ def pairs(
                 judge,
             )
             files = {path: dataset.to_parquet(records)} if records else {}
-            facts = {"pairs": len(records), "dropped": dict(sorted(dropped.items()))}
-            artifact = job.folder.write(name, files, inputs=raw, facts=facts)
+            facts: dict[str, Any] = {"pairs": len(records), "dropped": dict(sorted(dropped.items()))}
+            if isinstance(judge, RewardModel):
+                facts["judge"] = {"tokens": judge.tokens - read_before, "parameters": judge.parameters}
+            artifact = job.write(name, files, inputs=raw, facts=facts)
             job.folder.log("shard", name=name)
         artifacts.append(artifact)
         done += len(shard)

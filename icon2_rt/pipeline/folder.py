@@ -140,6 +140,14 @@ class RunFolder:
         write_atomic(self._record_path(name), to_json(record))
         return artifact
 
+    def artifacts(self) -> list[Artifact]:
+        """Every artifact that has a record, by name."""
+        found = []
+        for path in sorted(self._file("steps").glob("[!.]*.json")):
+            record = json.loads(path.read_bytes())
+            found.append(Artifact(path.stem, record["files"], record["inputs"], record["facts"]))
+        return found
+
     def read(self, path: str) -> bytes:
         return self._file(path).read_bytes()
 

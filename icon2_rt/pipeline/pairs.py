@@ -189,12 +189,12 @@ def decode(
     for n, output in enumerate(stream, start=1):
         outputs[output.index] = [_behind(rt, drafts[output.index], c) for c in output.branches]
         done(n)
-    scored = iter(
-        rt.score(
+    with rt.usage.during("figures"):
+        scores = rt.score(
             [chat for chat, completions in zip(chats, outputs, strict=True) for _ in completions],
             [completion for completions in outputs for completion in completions],
         )
-    )
+    scored = iter(scores)
     return [
         record(p, answers, draft, config)
         for several, completions, draft in zip(plans, outputs, drafts, strict=True)

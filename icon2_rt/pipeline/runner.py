@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from icon2_rt.pipeline import comparison, dataset, manifest, page, stages
+from icon2_rt.pipeline import comparison, costs, dataset, manifest, page, stages
 from icon2_rt.pipeline.config import RunConfig, controlled_layers
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
@@ -99,8 +99,10 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         manifest.refuse_another(before, identity, folder.path)
         about = before or manifest.compose(config, identity, frame, layers, eos)
         folder.write_manifest(about)
+        rt.usage.take()  # whatever it was used for before
 
         def finish(report: dict[str, Any], readme: str) -> RunResult:
+            report = {**report, "costs": costs.account(folder.artifacts(), job.rt.spec, report["counts"]["pairs"])}
             folder.write_result("report.json", to_json(report))
             folder.write_result("report.html", page.render(report, about).encode())
             folder.write_result("README.md", readme.encode())

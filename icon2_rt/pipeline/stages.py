@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from icon2_rt.pipeline import calibrate, consistency, dataset, health
+from icon2_rt.pipeline import calibrate, consistency, costs, dataset, health
 from icon2_rt.pipeline.config import SCALES, RunConfig, given_strengths, incomplete_strengths
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.effect import SAMPLE
@@ -57,6 +57,22 @@ class Job:
     room: int
     watch: Watch
 
+    def write(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        *,
+        inputs: Sequence[Artifact] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """:meth:`RunFolder.write`, with what it cost: counts among its facts, seconds and memory in the log."""
+        work = self.rt.usage.take()
+        peak = costs.peak_memory(self.rt.device)
+        for step, done in work.items():
+            self.folder.log("work", artifact=name, step=step, seconds=round(done.seconds, 4), peak_bytes=peak)
+        cost = {step: done.counts() for step, done in work.items() if any(done.counts().values())}
+        return self.folder.write(name, files, inputs=inputs, facts={**(facts or {}), "cost": cost})
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -75,6 +91,7 @@ def feature_instructions(job: Job) -> tuple[Artifact | None, list[Instruction]]:
     artifact = job.folder.finished(name)
     if artifact is None:
         job.watch("feature instructions", 0, config.features)
+        job.rt.usage.begin("features")
         # They are read under the system prompts, and a calibration scores whole responses under them.
         room = job.room - system_tokens(job.rt, job.frame, job.config.resolved_criteria())
         if config.features_file is not None:
@@ -90,7 +107,7 @@ def feature_instructions(job: Job) -> tuple[Artifact | None, list[Instruction]]:
                 f"only {len(features)} usable feature instructions came of {counts['drawn']} ({_dropped(counts)}); "
                 f"directions need at least 2: raise directions.features, or give directions.features_file"
             )
-        artifact = job.folder.write(name, {path: to_lines(features)}, facts={"counts": _counts(counts, len(features))})
+        artifact = job.write(name, {path: to_lines(features)}, facts={"counts": _counts(counts, len(features))})
     job.watch("feature instructions", config.features, config.features)
     return artifact, _from_lines(job.folder.read(path), path)
 
@@ -108,6 +125,7 @@ def directions(
             _check_directions(job, made)
         else:
             criteria = job.config.resolved_criteria()
+            job.rt.usage.begin("directions")
             job.watch("directions", 0, len(criteria))
             made = extract(
                 job.rt,
@@ -117,7 +135,7 @@ def directions(
                 job.config.directions.method,
                 lambda done: job.watch("directions", done, len(criteria)),
             )
-        artifact = job.folder.write(name, {path: _direction_bytes(made)}, inputs=inputs)
+        artifact = job.write(name, {path: _direction_bytes(made)}, inputs=inputs)
     job.watch("directions", 1, 1)
     return artifact, DirectionSet.load(job.folder.path / path)
 
@@ -175,6 +193,7 @@ def instructions(
         name, stem = f"instructions-{number:05d}", f"instructions/shard-{number:05d}"
         artifact = job.folder.finished(name, inputs)
         if artifact is None:
+            job.rt.usage.begin("synthesis")
             shard: Sequence[Any] = work[start : start + config.shard_size]
             if config.file is not None:
                 drawn, counts = _those_that_fit(job, shard, room)
@@ -182,10 +201,11 @@ def instructions(
                 drawn, counts = synthesise(job.rt, job.frame, shard, config, job.config.seed, room)
             projected = torch.empty(len(drawn), len(direction_set or ()), job.rt.spec.n_layers)
             if drawn and direction_set is not None:
+                job.rt.usage.begin("scoring")
                 projected = _project(job, drawn, direction_set)
             files = {f"{stem}.jsonl": to_lines(drawn), f"{stem}.safetensors": _tensor_bytes(projected)}
             facts = {"counts": _counts(counts, len(drawn))}
-            artifact = job.folder.write(name, files, inputs=inputs, facts=facts)
+            artifact = job.write(name, files, inputs=inputs, facts=facts)
         artifacts.append(artifact)
         found += _from_lines(job.folder.read(f"{stem}.jsonl"), stem)
         projections.append(_tensor(job.folder.read(f"{stem}.safetensors")))
@@ -269,7 +289,7 @@ def keep(
             },
             "warnings": consistency.warnings(verdict),
         }
-        artifact = job.folder.write(name, {path: to_jsonl(item.to_dict() for item in kept)}, inputs=raw, facts=facts)
+        artifact = job.write(name, {path: to_jsonl(item.to_dict() for item in kept)}, inputs=raw, facts=facts)
     job.watch("consistency", 1, 1)
     return artifact, [Kept.from_dict(record) for record in from_jsonl(job.folder.read(path), path)]
 
@@ -296,6 +316,7 @@ def strengths(
     artifact = job.folder.finished(name, [directions])
     if artifact is None:
         job.watch("strengths", 0, 1)
+        job.rt.usage.begin("strengths")
         states = job.rt.hidden_states([job.frame.messages(item.text) for item in sample[:NORM_SAMPLE]])
         norms = health.residual_norms(states)
         facts: dict[str, Any] = {"residual_norms": norms}
@@ -328,7 +349,7 @@ def strengths(
             facts["calibration"] = calibration.to_dict()
         made = Strengths(positive, negative, job.layers, profile)
         facts |= {**dataclasses.asdict(made), "dose": health.doses(made, norms, direction_set)}
-        artifact = job.folder.write(name, {path: to_json(facts)}, inputs=[directions], facts=facts)
+        artifact = job.write(name, {path: to_json(facts)}, inputs=[directions], facts=facts)
     job.watch("strengths", 1, 1)
     facts = dict(artifact.facts)
     return artifact, Strengths(facts["positive"], facts["negative"], tuple(facts["layers"]), tuple(facts["profile"]))
@@ -369,6 +390,7 @@ def pairs(
         name = f"pairs-{number:05d}"
         artifact = job.folder.finished(name, inputs)
         if artifact is None:
+            job.rt.usage.begin("pairs")
             base = done
             records = decode(
                 job.rt,
@@ -382,7 +404,7 @@ def pairs(
                 lambda n, base=base: job.watch("pairs", base + n, len(kept)),  # type: ignore[misc]
             )
             facts = {"pairs": len(records)}
-            artifact = job.folder.write(name, {path: dataset.to_parquet(records)}, inputs=inputs, facts=facts)
+            artifact = job.write(name, {path: dataset.to_parquet(records)}, inputs=inputs, facts=facts)
             job.folder.log("shard", name=name)
         artifacts.append(artifact)
         done += len(shard)
@@ -395,6 +417,7 @@ def effect(job: Job, directions: Artifact, shards: Sequence[Artifact], direction
     name, path, inputs = "effect", "effect.json", [directions, *shards]
     if job.folder.finished(name, inputs) is None:
         job.watch("effect", 0, 1)
+        job.rt.usage.begin("checks")
         found = measure_effect(
             job.rt,
             job.frame,
@@ -406,7 +429,7 @@ def effect(job: Job, directions: Artifact, shards: Sequence[Artifact], direction
             job.eos,
             job.config.seed,
         )
-        job.folder.write(name, {path: to_json(found)}, inputs=inputs)
+        job.write(name, {path: to_json(found)}, inputs=inputs)
     job.watch("effect", 1, 1)
     return json.loads(job.folder.read(path))
 
