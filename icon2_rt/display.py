@@ -320,9 +320,9 @@ def savings_table(rows: Sequence[Mapping[str, Any]], unit: str, ratio: float) ->
         ["", "answers", "judging", "once", *names.values()],
         figures,
         f"In brackets what icon2 saves. judging: scoring instructions for icon2. once: a pair's share of directions "
-        f"and strengths. D_raw to all: everybody pays for the instructions that icon2 drew; own needs: each for as many "
-        f"as it uses; the paper's: nobody, and icon2 scores only what it keeps. An instruction has {ratio:.2f} times the "
-        f"tokens of a response.",
+        f"and strengths. D_raw to all: everybody pays for the instructions that icon2 drew; own needs: each for as "
+        f"many as it uses; the paper's: nobody, and icon2 scores only what it keeps. An instruction has {ratio:.2f} "
+        f"times the tokens of a response.",
     )
 
 

@@ -130,7 +130,8 @@ class Bill:
 
     ``writing`` is one draw of an instruction, ``draws`` how many a pair took in this run and ``usable`` how many it
     takes to have one that hygiene lets pass; ``scoring`` is what scoring one instruction costs, ``scored`` how many a
-    pair took; ``answering`` what a pair's responses cost, ``judging`` finding out which is better; ``once`` is a pair's share of directions and strengths.
+    pair took; ``answering`` what a pair's responses cost, ``judging`` finding out which is better; ``once`` is a pair's
+    share of directions and strengths.
     """
 
     writing: float
