@@ -45,11 +45,18 @@ env: $(VENV)/.dev ## the environment with every tool, in .venv
 demo: $(VENV)/.core ## the whole method on the model that ships with the package
 	@$(BIN)/icon2 demo
 
-test: $(VENV)/.dev ## every test
-	$(BIN)/python -m pytest
+# Triton's interpreter is chosen when a kernel is defined, so its lane is a process of its own.
+# $(call tests,VENV)
+define tests
+	$(1)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(1)/bin/python -m pytest tests/interpret
+endef
+
+test: $(VENV)/.dev ## every test, then the kernels under Triton's interpreter
+	$(call tests,$(VENV))
 
 test-oldest: .venv-oldest/.dev ## the same tests with the oldest supported triton and transformers, in .venv-oldest
-	.venv-oldest/bin/python -m pytest
+	$(call tests,.venv-oldest)
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check .
