@@ -17,7 +17,7 @@ from torch import Tensor
 from icon2_rt.kernels.budget import Budget
 
 # The stack is where libdevice's cosine reduces an angle beyond 105615.
-BUDGET = Budget(registers=40, shared=128, narrow_loads=26, stack=32)
+BUDGET = Budget(registers=40, shared=0, narrow_loads=26, stack=32)
 
 ITEMS = 128
 
@@ -40,7 +40,6 @@ def begin_step_kernel(
     item_splits,
     item_count,
     n_items,
-    width,
     split,
     lengths,
     n_splits,
@@ -70,16 +69,15 @@ def begin_step_kernel(
     else:
         item = (pid - rows) * ITEMS + tl.arange(0, ITEMS)
         exists = item < n_items
-        wanted_items = exists & (item < tl.load(item_count))
-        place = tl.arange(0, WIDTH)[None, :]
-        used = wanted_items[:, None] & (place < width)
-        members = tl.load(item_rows + item[:, None] * width + place, mask=used, other=-1)
-        alive = tl.load(running + members, mask=members >= 0, other=0)
-        wanted = tl.max(alive.to(tl.int32), axis=1) > 0
+        counts = exists & (item < tl.load(item_count))
+        wanted = item < 0
+        for place in tl.static_range(WIDTH):
+            member = tl.load(item_rows + item * WIDTH + place, mask=counts, other=-1)
+            wanted |= tl.load(running + member, mask=member >= 0, other=0) != 0
         # Rows that share an item have all of its split behind them, so that the first speaks for all.
-        first = tl.maximum(tl.load(item_rows + item * width, mask=wanted_items, other=0), 0)
+        first = tl.maximum(tl.load(item_rows + item * WIDTH, mask=counts, other=0), 0)
         reached = tl.load(positions + first, mask=wanted, other=0) + 1
-        begin = tl.load(item_splits + item, mask=wanted_items, other=0) * split
+        begin = tl.load(item_splits + item, mask=counts, other=0) * split
         length = tl.minimum(tl.maximum(reached - begin, 0), split)
         tl.store(lengths + item, tl.where(wanted, length, 0), mask=exists)
 
@@ -117,12 +115,11 @@ def begin_step(
         items.splits,
         items.count,
         n_items,
-        width,
         items.split,
         items.lengths,
         items.n_splits,
         ITEMS=ITEMS,
-        WIDTH=triton.next_power_of_2(width),
+        WIDTH=width,
         HALF=triton.next_power_of_2(half),
         num_warps=4,
         num_stages=1,

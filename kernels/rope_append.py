@@ -4,7 +4,8 @@ A program takes a row and 16 of its heads, whichever of q, k and v they are. It 
 apart, because element j turns with element j + d/2: so nothing is read twice and nothing is exchanged between threads.
 
 Bytes per row, with e bytes an element: (H + 2·KV)·d·e read and as much written, and 2·d·e of cos and sin for each
-program, all but the first from a cache: 12 KiB and 12 KiB in Llama-3-8B.
+program, all but the first from a cache: 12 KiB and 12 KiB in Llama-3-8B. At 256 rows that is 6 MiB, 2 µs of an H100's
+3.35 TB/s (predicted, not measured); below, what a launch costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The gated activation of the feed-forward block, between two matrix products.
 
 A program reads a piece of a row's gate and the same piece of its up, 16 bytes a load, and writes their product; per row
-2·F elements are read and F written, nothing twice.
+2·F elements are read and F written, nothing twice: 84 KiB in Llama-3-8B in bf16. At 256 rows that is 21 MiB, 6.6 µs of
+an H100's 3.35 TB/s (predicted, not measured; what the product before it left in L2 comes faster).
 """
 
 from __future__ import annotations
