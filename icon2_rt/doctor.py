@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from icon2_rt import ops
+from icon2_rt.ops import prefill
 
 State = Literal["ok", "missing", "note"]
 
@@ -49,7 +50,10 @@ _OPTIONAL = {
 }
 
 # Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
-NEVER_RUN_ON_HARDWARE = {"cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested"}
+NEVER_RUN_ON_HARDWARE = {
+    "cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested",
+    **{path.name: "prefill attention; how it is called is tested" for path in prefill.PATHS if not path.measured_on},
+}
 
 
 def examine() -> list[Finding]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.forward import Model, Observe, computing, embed, finish, run_blocks
 from icon2_rt.engine.kv import KVPages
-from icon2_rt.ops import RowSteering, Segment, rotary
+from icon2_rt.ops import RowSteering, Segment, Segments, rotary
 from icon2_rt.steering import CompiledSteering
 
 
@@ -151,10 +151,10 @@ def _run_pack(
             slots.append(pages[at // kv.page_size] * kv.page_size + at % kv.page_size)
             segments.append(Segment(begin, begin + end - start, start, pages.to(device)))
             begin += end - start
-        scale = model.spec.head_dim**-0.5
+        scale, packed = model.spec.head_dim**-0.5, Segments(tuple(segments), kv.page_size)
 
         def attend(layer: int, q: Tensor) -> Tensor:
-            return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], segments, scale)
+            return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], packed, scale)
 
         return positions.to(device), torch.cat(slots).to(device), attend
 

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 
 from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
-from icon2_rt.ops.attention import AttentionItems, Segment, grouped_decode_attention, prefill_attention
+from icon2_rt.ops.attention import AttentionItems, grouped_decode_attention
 from icon2_rt.ops.begin_step import begin_step, rotary
 from icon2_rt.ops.linear import linear
 from icon2_rt.ops.philox import exponential_noise, philox, row_seeds
+from icon2_rt.ops.prefill import Segment, Segments, prefill_attention
 from icon2_rt.ops.rope_append import rope_append
 from icon2_rt.ops.sample import RowSampling, sample
 from icon2_rt.ops.silu_mul import silu_mul
@@ -72,6 +73,7 @@ __all__ = [
     "RowState",
     "RowSteering",
     "Segment",
+    "Segments",
     "add_steer_rmsnorm",
     "available",
     "begin_step",

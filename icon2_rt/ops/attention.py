@@ -1,18 +1,16 @@
-"""Attention over paged KV: decode (work items that several rows share) and prefill (packed prompts).
+"""Decode attention over paged KV: work items that several rows share.
 
-A decode *item* is a KV range of one split together with the rows that read it. Splits begin at multiples of the split
+An *item* is a KV range of one split together with the rows that read it. Splits begin at multiples of the split
 size in absolute position, and rows that have the same pages in a split are one item, so a prompt's KV is read once
 for all branches of its group. A row's items are merged at the end in the order of their positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from icon2_rt.ops.state import RowState
@@ -205,44 +203,3 @@ def _gather(pages: Tensor, index: Tensor, n: int) -> Tensor:
     """``[pages, page_size, KV, d]`` and ``[n · P]`` → ``[n, KV, P · page_size, d]``."""
     _, _, kv_heads, d = pages.shape
     return pages.index_select(0, index).view(n, -1, kv_heads, d).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of one prompt's tokens in a packed prefill.
-
-    Its queries are rows ``[begin, end)`` of the pack and stand at absolute positions ``[start, start + end - begin)``;
-    ``pages`` (``[n]`` int64) hold the KV of positions ``[0, start + end - begin)``, this run's own included.
-    """
-
-    begin: int
-    end: int
-    start: int
-    pages: Tensor
-
-
-def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
-    """Causal attention of packed prompts, each over its own pages.
-
-    Args:
-        q: ``[tokens, H, d]``, the segments one after the other. k_pages, v_pages: ``[pages, page_size, KV, d]``, this
-            call's K and V already written. scale: 1/√d.
-
-    Returns:
-        ``[tokens, H · d]`` in q's dtype.
-    """
-    tokens, heads, d = q.shape
-    out = q.new_empty(tokens, heads, d)
-    for s in segments:
-        n = s.end - s.begin
-        length = s.start + n
-        k = _gather(k_pages, s.pages, 1)[:, :, :length]
-        v = _gather(v_pages, s.pages, 1)[:, :, :length]
-        # torch's is_causal is aligned top-left: right only where there is no earlier KV.
-        mask = None if s.start == 0 else torch.ones(n, length, dtype=torch.bool, device=q.device).tril(s.start)
-        queries = q[s.begin : s.end].transpose(0, 1)[None]
-        seen = F.scaled_dot_product_attention(
-            queries, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != k_pages.shape[2]
-        )
-        out[s.begin : s.end] = seen[0].transpose(0, 1)
-    return out.view(tokens, heads * d)
