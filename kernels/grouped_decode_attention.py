@@ -98,7 +98,9 @@ def split_kernel(
     lse,
     scale_log2,
     layer,
-    q_row_stride,
+    q_stride,
+    rows_stride,
+    pages_stride,
     ITEM_ROWS: tl.constexpr,
     ITEM_PAGES: tl.constexpr,
     ITEM_PAGES_PADDED: tl.constexpr,
@@ -126,13 +128,13 @@ def split_kernel(
         last = tl.load(layers + 2 * item + 1)
         length = tl.load(lengths + item)
         split = tl.load(splits + item)
-        ids = tl.load(pages + item * ITEM_PAGES + nth, mask=nth < ITEM_PAGES, other=0)
-        row = tl.load(rows + item * ITEM_ROWS + m // GROUP, mask=m < ITEM_ROWS * GROUP, other=-1)
+        ids = tl.load(pages + item * pages_stride + nth, mask=nth < ITEM_PAGES, other=0)
+        row = tl.load(rows + item * rows_stride + m // GROUP, mask=m < ITEM_ROWS * GROUP, other=-1)
         if (first <= layer) & (layer < last) & (length > 0):
             used = row >= 0
             head = kv_head * GROUP + m % GROUP
             start = tl.load(starts + row, mask=used, other=0)
-            q_at = row.to(tl.int64)[:, None] * q_row_stride + head[:, None] * D + d[None, :]
+            q_at = row.to(tl.int64)[:, None] * q_stride + head[:, None] * D + d[None, :]
             q_tile = tl.load(q + q_at, mask=used[:, None] & inside, other=0.0)
             top = tl.full([M], float("-inf"), tl.float32)
             mass = tl.zeros([M], tl.float32)
@@ -204,7 +206,8 @@ def merge_kernel(
 def grouped_decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, items: AttentionItems, scale: float, layer: int
 ) -> Tensor:
-    """See :func:`icon2_rt.ops.grouped_decode_attention`. q's rows may be apart; its heads are not.
+    """See :func:`icon2_rt.ops.grouped_decode_attention`. Rows of q, of ``items.rows`` and of ``items.pages``
+    may be apart (parts of wider buffers); all else is contiguous.
 
     Raises:
         ValueError: an item has more query rows than a tile.
@@ -240,6 +243,8 @@ def grouped_decode_attention(
         scale * math.log2(math.e),
         layer,
         q.stride(0),
+        items.rows.stride(0),
+        items.pages.stride(0),
         ITEM_ROWS=item_rows,
         ITEM_PAGES=item_pages,
         ITEM_PAGES_PADDED=triton.next_power_of_2(item_pages),

@@ -144,7 +144,8 @@ def scene(
         split=split,
         n_partials=batch * depth,
     )
-    _update(items, state)
+    items.update(state)
+    items.lengths[n:] = split
     n_pages = 1 + max(page for table in tables for page in table)
     q, k, v = (
         torch.randn(shape, generator=noise).to(dtype)
@@ -156,14 +157,6 @@ def scene(
         exists[torch.tensor(table)[at // page_size], at % page_size] = True
     k[~exists] = v[~exists] = hidden
     return Scene(q, k, v, items, state, tables, layer)
-
-
-def _update(items: AttentionItems, state: RowState) -> None:
-    """``AttentionItems.update`` of the items that count: the spare ones name rows that there are not."""
-    n = int(items.count)
-    used = {name: getattr(items, name)[:n] for name in ("rows", "pages", "splits", "layers", "lengths")}
-    replace(items, **used).update(state)
-    items.lengths[n:] = items.split
 
 
 def _n_pages(g: Group, page_size: int) -> int:

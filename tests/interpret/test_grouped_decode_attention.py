@@ -91,12 +91,17 @@ def test_large_scores_do_not_overflow() -> None:
     assert_right(replace(s, q=s.q * 1000))
 
 
-def test_rows_of_q_may_be_apart() -> None:
+def test_q_and_items_may_be_parts_of_wider_buffers() -> None:
     s = scene(MIXED)
+    expected = grouped_decode_attention(*s.arguments())
     fused = torch.full((len(s.q), 8, 16), torch.nan)
     fused[:, :4] = s.q
-    expected = grouped_decode_attention(*s.arguments())
-    assert torch.equal(grouped_decode_attention(*replace(s, q=fused[:, :4]).arguments()), expected)
+    rows, pages = (
+        torch.cat([t, torch.full((len(t), 3), 1 << 30, dtype=torch.int32)], dim=1)[:, : t.shape[1]]
+        for t in (s.items.rows, s.items.pages)
+    )
+    apart = replace(s, q=fused[:, :4], items=replace(s.items, rows=rows, pages=pages))
+    assert torch.equal(grouped_decode_attention(*apart.arguments()), expected)
 
 
 def test_too_many_query_rows_for_a_tile() -> None:
