@@ -23,12 +23,12 @@ HEADS = 16
 
 
 @triton.jit
-def _normed(low, high, weight, dim, eps, half, cols, inside):
+def _normed(low, high, weight, eps, cols, inside, DIM: tl.constexpr):
     """RMSNorm of heads that lie in two halves; rounded before the weight and after it, as torch's operations round."""
-    scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / dim + eps)[:, None]
+    scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / DIM + eps)[:, None]
     dtype = weight.dtype.element_ty
     w_low = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
-    w_high = tl.load(weight + half + cols, mask=inside, other=0.0).to(tl.float32)
+    w_high = tl.load(weight + DIM // 2 + cols, mask=inside, other=0.0).to(tl.float32)
     low = (w_low * (low * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     high = (w_high * (high * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     return low, high
@@ -49,24 +49,25 @@ def rope_append_kernel(
     qkv_stride,
     q_heads,
     kv_heads,
-    half,
+    DIM: tl.constexpr,
     HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    cols = tl.arange(0, HALF)[None, :]
-    dim = 2 * half
+    # As wide as the heads' tile, so that what all heads share is loaded into the threads that use it.
+    cols = tl.broadcast_to(tl.arange(0, TILE)[None, :], [HEADS, TILE])
+    half: tl.constexpr = DIM // 2
     inside = cols < half
     is_q = head < q_heads
     is_v = head >= q_heads + kv_heads
     here = inside & (head < q_heads + 2 * kv_heads)
 
-    at = qkv + row * qkv_stride + head * dim + cols
+    at = qkv + row * qkv_stride + head * DIM + cols
     low_in = tl.load(at, mask=here, other=0.0)
     high_in = tl.load(at + half, mask=here, other=0.0)
-    turn = row * dim + cols
+    turn = row * DIM + cols
     cos_low = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
     cos_high = tl.load(cos + turn + half, mask=inside, other=0.0).to(tl.float32)
     sin_low = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
@@ -74,22 +75,22 @@ def rope_append_kernel(
 
     low, high = low_in.to(tl.float32), high_in.to(tl.float32)
     if q_norm is not None:
-        q_low, q_high = _normed(low, high, q_norm, dim, eps, half, cols, inside)
-        k_low, k_high = _normed(low, high, k_norm, dim, eps, half, cols, inside)
+        q_low, q_high = _normed(low, high, q_norm, eps, cols, inside, DIM)
+        k_low, k_high = _normed(low, high, k_norm, eps, cols, inside, DIM)
         low, high = tl.where(is_q, q_low, k_low), tl.where(is_q, q_high, k_high)
     # The first product is rounded, the second and the sum are one operation (torch.addcmul).
     dtype = qkv.dtype.element_ty
     turned_low = ((low * cos_low).to(dtype).to(tl.float32) + high * sin_low).to(dtype)
     turned_high = ((high * cos_high).to(dtype).to(tl.float32) + low * sin_high).to(dtype)
 
-    q_at = out + (row * q_heads + head) * dim + cols
+    q_at = out + (row * q_heads + head) * DIM + cols
     tl.store(q_at, turned_low, mask=here & is_q)
     tl.store(q_at + half, turned_high, mask=here & is_q)
     is_k = (head >= q_heads) & (head < q_heads + kv_heads) & (slot >= 0)
-    k_at = k_pages + (slot * kv_heads + head - q_heads) * dim + cols
+    k_at = k_pages + (slot * kv_heads + head - q_heads) * DIM + cols
     tl.store(k_at, turned_low, mask=here & is_k)
     tl.store(k_at + half, turned_high, mask=here & is_k)
-    v_at = v_pages + (slot * kv_heads + head - q_heads - kv_heads) * dim + cols
+    v_at = v_pages + (slot * kv_heads + head - q_heads - kv_heads) * DIM + cols
     tl.store(v_at, low_in, mask=here & is_v & (slot >= 0))
     tl.store(v_at + half, high_in, mask=here & is_v & (slot >= 0))
 
@@ -111,9 +112,9 @@ def rope_append(
     rows, heads = qkv.shape[0], qkv.shape[1] // d
     q_heads = heads - 2 * kv_heads
     out = torch.empty(rows, q_heads, d, dtype=qkv.dtype, device=qkv.device)
-    tile_half = triton.next_power_of_2(d // 2)
+    tile = triton.next_power_of_2(d // 2)
     # One 16-byte load of each half a thread, so that a row's few programs have all of it in flight.
-    loads = HEADS * tile_half * qkv.element_size() // 16
+    loads = HEADS * tile * qkv.element_size() // 16
     rope_append_kernel[(rows, triton.cdiv(heads, HEADS))](
         qkv,
         cos,
@@ -128,10 +129,10 @@ def rope_append(
         qkv.stride(0),
         q_heads,
         kv_heads,
-        d // 2,
+        DIM=d,
         HEADS=HEADS,
-        HALF=tile_half,
-        num_warps=min(max(loads // 32, 1), 4),
+        TILE=tile,
+        num_warps=min(max(loads // 32, 1), 8),
         num_stages=1,
         enable_fp_fusion=False,
     )

@@ -4,27 +4,35 @@ import pytest
 import torch
 
 from icon2_rt.kernels.rope_append import BUDGET, rope_append
-from tests.launches import MODELS, Sizes, launches_of, over_budget
+from tests.launches import MODELS, Launch, Sizes, compiled, launches_of, over_budget
+
+
+def launches(heads: int, kv_heads: int, d: int, dtype: torch.dtype, norm: bool) -> list[Launch]:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return launches_of(
+        rope_append,
+        empty(6, (heads + 2 * kv_heads) * d),
+        empty(6, 1, d),
+        empty(6, 1, d),
+        empty(d) if norm else None,
+        empty(d) if norm else None,
+        1e-6,
+        empty(10, 16, kv_heads, d),
+        empty(10, 16, kv_heads, d),
+        torch.empty(6, dtype=torch.int64, device="meta"),
+    )
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_within_budget(model: Sizes, norm: bool) -> None:
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=model.dtype, device="meta")
+    recorded = launches(model.heads, model.kv_heads, model.head_dim, model.dtype, norm)
+    assert over_budget(recorded, {"rope_append_kernel": BUDGET}) == []
 
-    d, kv = model.head_dim, model.kv_heads
-    weight = empty(d) if norm else None
-    launches = launches_of(
-        rope_append,
-        empty(6, (model.heads + 2 * kv) * d),
-        empty(6, 1, d),
-        empty(6, 1, d),
-        weight,
-        weight,
-        1e-6,
-        empty(10, 16, kv, d),
-        empty(10, 16, kv, d),
-        torch.empty(6, dtype=torch.int64, device="meta"),
-    )
-    assert over_budget(launches, {"rope_append_kernel": BUDGET}) == []
+
+@pytest.mark.parametrize("d", [64, 80, 256])
+def test_other_head_sizes(d: int) -> None:
+    (launch,) = launches(14, 2, d, torch.bfloat16, True)
+    assert compiled(launch, 90).over(BUDGET) == []
