@@ -28,7 +28,7 @@ def begin_step_kernel(
     running,
     rows,
     tables,
-    n_pages,
+    table_stride,
     page_size,
     inv_freq,
     rope_scaling,
@@ -37,6 +37,8 @@ def begin_step_kernel(
     cos,
     sin,
     item_rows,
+    width,
+    item_stride,
     item_splits,
     item_count,
     n_items,
@@ -53,7 +55,7 @@ def begin_step_kernel(
         position = tl.load(positions + row)
         runs = tl.load(running + row)
         # The table of a seat that nobody has may be shorter than its last position.
-        page = tl.load(tables + row * n_pages + position // page_size, mask=runs, other=0).to(tl.int64)
+        page = tl.load(tables + row * table_stride + position // page_size, mask=runs, other=0).to(tl.int64)
         tl.store(slots + row, tl.where(runs, page * page_size + position % page_size, -1))
         tl.store(n_splits + row, tl.where(runs, position // split + 1, 0))
         cols = tl.arange(0, HALF)
@@ -72,10 +74,10 @@ def begin_step_kernel(
         counts = exists & (item < tl.load(item_count))
         wanted = item < 0
         for place in tl.static_range(WIDTH):
-            member = tl.load(item_rows + item * WIDTH + place, mask=counts, other=-1)
+            member = tl.load(item_rows + item * item_stride + place, mask=counts & (place < width), other=-1)
             wanted |= tl.load(running + member, mask=member >= 0, other=0) != 0
         # Rows that share an item have all of its split behind them, so that the first speaks for all.
-        first = tl.maximum(tl.load(item_rows + item * WIDTH, mask=counts, other=0), 0)
+        first = tl.maximum(tl.load(item_rows + item * item_stride, mask=counts, other=0), 0)
         reached = tl.load(positions + first, mask=wanted, other=0) + 1
         begin = tl.load(item_splits + item, mask=counts, other=0) * split
         length = tl.minimum(tl.maximum(reached - begin, 0), split)
@@ -92,7 +94,7 @@ def begin_step(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`icon2_rt.ops.begin_step`; ``state`` and ``items`` are its ``RowState`` and ``AttentionItems``."""
-    rows, n_pages = tables.shape
+    rows = tables.shape[0]
     n_items, width = items.rows.shape
     half = inv_freq.shape[0]
     slots = torch.empty(rows, dtype=torch.int64, device=tables.device)
@@ -103,7 +105,7 @@ def begin_step(
         state.running,
         rows,
         tables,
-        n_pages,
+        tables.stride(0),
         page_size,
         inv_freq,
         rope_scaling,
@@ -112,6 +114,8 @@ def begin_step(
         cos,
         sin,
         items.rows,
+        width,
+        items.rows.stride(0),
         items.splits,
         items.count,
         n_items,
@@ -119,7 +123,7 @@ def begin_step(
         items.lengths,
         items.n_splits,
         ITEMS=ITEMS,
-        WIDTH=width,
+        WIDTH=triton.next_power_of_2(width),
         HALF=triton.next_power_of_2(half),
         num_warps=4,
         num_stages=1,

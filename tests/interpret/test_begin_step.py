@@ -65,6 +65,28 @@ def test_equals_the_reference(batch: int, n: int, width: int, count: int, half: 
         assert torch.equal(getattr(state, name), value), name
 
 
+def test_the_first_columns_and_rows_of_wider_buffers() -> None:
+    g = torch.Generator().manual_seed(0)
+    state, wide = rows(3, g), items(20, 8, 3, g, 11)
+    wide.rows[:, 3:] = 999  # not a seat
+    narrow = {"rows": wide.rows[:9, :3], "splits": wide.splits[:9]}
+    ours, theirs = (dataclasses.replace(wide, **narrow, lengths=torch.full((9,), -7).int()) for _ in range(2))
+    tables = torch.randint(0, 1000, (6, 100), generator=g).int()[:3, : 5 * SPLIT_PAGES]
+    slots, _, _ = begin_step(state, tables, PAGE_SIZE, torch.ones(4), 1.0, ours, torch.float32)
+    expected, _, _ = ops.begin_step(state, tables, PAGE_SIZE, torch.ones(4), 1.0, theirs, torch.float32)
+    assert torch.equal(slots, expected)
+    assert torch.equal(ours.lengths, theirs.lengths)
+
+
+def test_items_beyond_the_count_may_speak_of_seats_that_are_not_there() -> None:
+    g = torch.Generator().manual_seed(0)
+    state, ours = rows(3, g), items(20, 2, 3, g, 11)
+    ours.rows[11:] = 2**30
+    begin_step(state, torch.zeros(3, 5 * SPLIT_PAGES).int(), PAGE_SIZE, torch.ones(4), 1.0, ours, torch.float32)
+    assert (ours.lengths[11:] == 0).all()
+    assert (ours.lengths[:11] > 0).any()
+
+
 def test_pages_beyond_two_to_the_31_positions() -> None:
     g = torch.Generator().manual_seed(0)
     state = dataclasses.replace(rows(1, g), positions=torch.tensor([5]).int(), running=torch.tensor([True]))
