@@ -83,6 +83,30 @@ def run(
 
 
 @app.command()
+def calibrate(
+    config: Annotated[Path, typer.Argument(help="The run's settings, a TOML file (see examples/).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, which `icon2 run` continues; by default runs/ and the name.")
+    ] = None,
+) -> None:
+    """Which strengths suit this model: a ladder of doses, the paper's rule, and how sure it is. Then stop."""
+    from icon2_rt import display
+    from icon2_rt.pipeline import find_strengths
+    from icon2_rt.pipeline.config import RunConfig
+
+    settings = RunConfig.load(config)
+    folder = out or Path("runs") / config.stem
+    screen = display.console()
+    with display.Steps() as watch:
+        strengths = find_strengths(settings, folder, watch=watch)
+    screen.print(display.strengths_table({"strengths": strengths}))
+    screen.print(display.warnings_list(strengths["calibration"]["notes"]))
+    screen.print(f"\n  All figures are in {folder / 'strengths.json'}, a picture in {folder / 'calibration.svg'}")
+    if settings.calibrates:
+        screen.print("  `icon2 run` with the same config and folder goes on from here.")
+
+
+@app.command()
 def directions(
     model: Model,
     criteria: Annotated[Path, typer.Option(help="TOML: a table per criterion with positive and negative prompts.")],

@@ -210,30 +210,64 @@ def strengths_table(report: Mapping[str, Any], took: str = "") -> RenderableType
         doses = strengths["dose"]
         given = [
             [f"{sign} γ = " + " / ".join(f"{gamma:+.4g}" for gamma in gammas), _range(doses[sign])]
-            for sign, gammas in (("positive", set(positive.values())), ("negative", set(negative.values())))
+            for sign, gammas in (
+                ("positive", dict.fromkeys(positive.values())),
+                ("negative", dict.fromkeys(negative.values())),
+            )
         ]
         return table(f"3. Strengths, as given{took}", ["", "dose ‖γu‖/‖h‖ over the controlled blocks"], given)
+    return Group(
+        *(
+            ladder_table(band, f"3. Strengths, calibrated by dose on this model{took}" if i == 0 else "", calibration)
+            for i, band in enumerate(calibration["bands"])
+        ),
+        Padding(Text(ladder_caption(calibration), style="dim"), (0, 0, 0, 2)),
+    )
+
+
+def ladder_table(band: Mapping[str, Any], title: str, calibration: Mapping[str, Any]) -> RenderableType:
+    """Every rung of one band of blocks; what was chosen is marked in the band that was."""
+    mine = band["band"] == calibration["band"]
     rows: list[list[str | Text]] = []
-    for rung in calibration["rungs"]:
-        chosen = {calibration["positive_dose"]: "γ⁺", calibration["negative_dose"]: "γ⁻"}.get(rung["dose"], "")
+    for rung in band["rungs"]:
+        chosen = {band["positive_dose"]: "γ⁺", band["negative_dose"]: "γ⁻"}.get(rung["dose"], "")
+        low, high = rung["quality_interval"]
         rows.append(
             [
                 f"{rung['dose']:+.0%}" if rung["dose"] else "unsteered",
                 f"{rung['gamma']:+.3g}",
                 f"{rung['logprob']:.2f}",
+                f"{rung['divergence']:.3f}",
                 "yes" if rung["fluent"] else "no",
-                f"{rung['agreement']:+.3f}",
-                Text(chosen, style="bold green"),
+                f"{rung['quality']:+.3f}",
+                f"{low:+.2f} to {high:+.2f}",
+                "" if rung["beaten"] is None else f"{rung['beaten']:.0%}",
+                Text(chosen if mine or not chosen else f"({chosen})", style="bold green" if mine else "dim"),
             ]
         )
-    return table(
-        f"3. Strengths, calibrated by dose on this model{took}",
-        ["dose of ‖h‖", "γ", "log p / token", "fluent", "agreement", "chosen"],
-        rows,
-        f"Log p under the unsteered model; agreement: how much likelier the response is under the criterion's positive "
-        f"prompt than under its negative one (nats per token). With the chosen doses the positive response agrees more "
-        f"in {calibration['positive_beats_negative']:.0%} of the calibration instructions. The strengths printed in "
-        f"the paper (+0.1, −0.05) belong to its 7B and 8B models and mean nothing on this one.",
+    columns = ["dose of ‖h‖", "γ", "log p / token", "KL", "fluent", "quality", "95 %", "P(+ better)", "chosen"]
+    more = f"   Blocks {band['layers'][0]} to {band['layers'][-1]} (0-based)" if len(calibration["bands"]) > 1 else ""
+    return table("\n".join(filter(None, [title, more])), columns, rows)
+
+
+def ladder_caption(calibration: Mapping[str, Any]) -> str:
+    """What the columns of :func:`ladder_table` are, and how sure the choice is."""
+    what = {
+        "agreement": "how much likelier the response is under the criterion's positive prompt than under its negative "
+        "one (nats per token)",
+        "projection": "the projection on the criterion's direction where the unsteered model reads the response",
+    }.get(calibration["quality"], f"the score of {calibration['quality']}")
+    (p_low, p_high), (n_low, n_high) = calibration["positive_interval"], calibration["negative_interval"]
+    low, high = calibration["positive_beats_negative_interval"]
+    return (
+        f"Over {calibration['instructions']} instructions. Log p and KL (nats per token): under and from the unsteered "
+        f"model. Quality: {what}. P(+ better): where the response at γ⁺ and the one at this dose differ. With the "
+        f"chosen doses the positive response is better in {calibration['positive_beats_negative']:.0%} of those "
+        f"({low:.0%} to {high:.0%}; {calibration['positive_beats_negative_held_out']:.0%} on the half that did not "
+        f"choose), and "
+        f"{calibration['ties']:.0%} are ties. Other instructions like these would have chosen {p_low:+.0%} to "
+        f"{p_high:+.0%} and {n_low:+.0%} to {n_high:+.0%}. The strengths printed in the paper (+0.1, −0.05) belong to "
+        f"its 7B and 8B models and mean nothing on this one."
     )
 
 

@@ -17,7 +17,7 @@ from tests.models import tiny_llama, tiny_tokenizer
 
 Icon2 = Callable[..., tuple[int, str, str]]
 
-COMMANDS = ["demo", "run", "directions", "instructions", "pairs", "export", "costs", "bench", "doctor"]
+COMMANDS = ["demo", "run", "calibrate", "directions", "instructions", "pairs", "export", "costs", "bench", "doctor"]
 CRITERIA = (
     '[kind]\npositive = "Be kind."\nnegative = "Be cruel."\n[brief]\npositive = "Be brief."\nnegative = "Talk."\n'
 )
@@ -156,6 +156,25 @@ def test_the_single_steps_in_a_row(icon2: Icon2, tmp_path: Path) -> None:
     code, _, err = icon2("pairs", model, *arguments, "--positive", 2, "--negative", -0.5, "--layers", "1:3")
     assert code == 2
     assert "pairs.positive: 1.0 there, 2.0 now" in err
+
+
+def test_a_calibration_by_command(icon2: Icon2, tmp_path: Path) -> None:
+    """The table, the picture, and a folder that `icon2 run` continues; without a [calibration] section its defaults."""
+    config, out = tmp_path / "c.toml", tmp_path / "run"
+    config.write_text(
+        'model = "tiny"\nruntime.threads = 1\ncriteria = ["honesty"]\ndirections.features = 12\n'
+        "instructions.max_new_tokens = 48\npairs.max_new_tokens = 16\n"
+        '[calibration]\ndoses = [0.1]\nbands = ["1:4", "1:5"]\ninstructions = 6\n'
+    )
+    code, text, err = icon2("calibrate", config, "--out", out)
+    assert code == 0, err
+    assert "Blocks 1 to 3" in text and "Blocks 1 to 4" in text
+    assert "γ⁺" in text and "P(+ better)" in text
+    assert "icon2 run" in text
+    assert (out / "calibration.svg").is_file()
+    strengths = json.loads((out / "strengths.json").read_bytes())
+    assert strengths["calibration"]["instructions"] == 6
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_output_without_a_terminal_is_plain_text(model: Path, tmp_path: Path) -> None:

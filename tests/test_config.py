@@ -9,6 +9,7 @@ import pytest
 from icon2_rt.pipeline.config import (
     PAPER_TRAINING,
     RunConfig,
+    controlled_bands,
     controlled_layers,
     given_strengths,
     parse_layers,
@@ -292,3 +293,51 @@ def test_a_function_from_a_file(tmp_path: Path) -> None:
     path.write_text("1 / 0\n")
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         load_function(f"{path}:f", "x")
+
+
+def test_calibrate_switches_a_calibration_on_and_off() -> None:
+    on = RunConfig.from_dict({"model": "m", "calibrate": True})
+    assert on.calibration is not None and on.calibrates
+    assert on.calibration.instructions == 100
+    assert RunConfig.from_dict(on.to_dict()) == on
+    off = RunConfig.from_dict({"model": "m", "calibrate": False, "calibration": {}, "pairs": {"positive": 0.2}})
+    assert off.calibration is not None and not off.calibrates
+    assert not RunConfig.from_dict({"model": "m"}).calibrates
+    assert "leave it out" in _errors({"model": "m", "calibrate": True, "pairs": {"positive": 0.2}})[0]
+
+
+def test_calibrations_that_contradict_themselves() -> None:
+    errors = _errors(
+        {
+            "model": "m",
+            "pairs": {"layers": "9:20"},
+            "calibration": {
+                "doses": [0.1, 3],
+                "bands": ["middle", "1-5", "middle"],
+                "quality": "projection",
+                "judge": "r",
+                "better": 1.0,
+            },
+        }
+    )
+    assert [e.split(":")[0] for e in errors] == [
+        "calibration.better",
+        "calibration.doses",
+        "calibration.bands[1]",
+        "calibration.bands",
+        "pairs.layers",
+        "calibration.quality",
+    ]
+    assert "did you mean 'agreement'" in _errors({"model": "m", "calibration": {"quality": "agreemnt"}})[0]
+    assert "has no effect" in _errors({"model": "m", "calibration": {"label": "good"}})[0]
+    assert _errors({"model": "m", "calibration": {"bands": "middle"}}) == [
+        "calibration.bands: must be a list of texts, not 'middle'"
+    ]
+
+
+def test_bands_of_a_model() -> None:
+    config = RunConfig.from_dict({"model": "m", "calibration": {"bands": ["middle", "1:5"]}})
+    assert controlled_bands(config, 6) == {"middle": (1, 2, 3), "1:5": (1, 2, 3, 4)}
+    assert controlled_bands(RunConfig.from_dict({"model": "m", "pairs": {"layers": "all"}}), 3) == {"all": (0, 1, 2)}
+    with pytest.raises(ValueError, match=r"calibration\.bands: '1:5' reaches outside"):
+        controlled_bands(config, 3)

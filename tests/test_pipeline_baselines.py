@@ -16,7 +16,7 @@ from icon2_rt.pipeline import baselines, dataset
 from icon2_rt.pipeline.config import BaselineConfig, PairsConfig, RunConfig
 from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.instructions import Instruction
-from icon2_rt.pipeline.judges import RewardModel, verdicts
+from icon2_rt.pipeline.judges import RewardModel, load_judge, verdicts
 from icon2_rt.pipeline.loading import end_tokens
 from icon2_rt.pipeline.pairs import response_sampling
 from icon2_rt.pipeline.runner import run
@@ -317,3 +317,36 @@ def test_the_command(icon2: Icon2, tmp_path: Path) -> None:  # noqa: F811
     assert code == 0, err
     assert "opposing_prompts" in out
     assert "2 pairs" in out
+
+
+def test_a_checkpoint_without_its_head_is_no_reward_model(reward_model: Path, tmp_path: Path) -> None:
+    """transformers would draw the missing weights at random, and say so in a line that nobody reads."""
+    model = LlamaForSequenceClassification.from_pretrained(reward_model)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "score.weight"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no weights for score\.weight: .* its verdicts would be random"):
+        RewardModel.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[1.0, float('inf')]", "the judge gave inf to a response"),
+        ("['high', 'low']", "a number for each response"),
+        ("None", "a number for each response"),
+        ("1 / 0", "the judge raised ZeroDivisionError"),
+        ("[1.0]", "1 verdicts on 2 responses"),
+    ],
+)
+def test_a_judge_is_tried_before_the_work(given: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"def judge(instructions, responses):\n    return {given}\n")
+    with pytest.raises(ValueError, match=f"^baseline.judge: .*{message}"):
+        load_judge(f"{tmp_path / 'mine.py'}:judge", None, "cpu", "baseline.judge")
+
+
+def test_arrays_are_verdicts_too(reward_model: Path) -> None:
+    assert verdicts(lambda i, r: torch.tensor([1.0, 2.0]), ["a", "b"], ["c", "d"]) == [1.0, 2.0]  # type: ignore[arg-type, return-value]
+    judge = load_judge(str(reward_model), None, "cpu", "baseline.judge")
+    assert isinstance(judge, RewardModel)
+    assert judge.tokens == 0  # that it was tried is no cost of the recipe

@@ -20,7 +20,7 @@ from icon2_rt import Direction, DirectionSet, Runtime
 from icon2_rt.pipeline import dataset
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.loading import load_runtime
-from icon2_rt.pipeline.runner import RunResult, run
+from icon2_rt.pipeline.runner import RunResult, find_strengths, run
 from icon2_rt.pipeline.templates import chat_frame
 from tests.models import tiny_llama, tiny_tokenizer
 
@@ -129,7 +129,7 @@ def test_records_are_well_formed(finished: RunResult, rt: Runtime) -> None:
 def test_a_pair_can_be_made_again_from_what_the_dataset_says(finished: RunResult, rt: Runtime) -> None:
     """Direction, strength, layers and seed are all there: each response alone, from its record."""
     directions = DirectionSet.load(finished.path / "directions.safetensors")
-    layers = finished.manifest["controlled_layers"]
+    layers = finished.report["strengths"]["layers"]
     sampling = dict(finished.manifest["sampling"]["pairs"])
     sampling = {
         k: sampling[k] for k in ("temperature", "top_p", "top_k", "do_sample", "max_new_tokens", "eos_token_id")
@@ -421,6 +421,107 @@ def test_calibrated_strengths(model: Path, rt: Runtime, tmp_path: Path) -> None:
     assert set(strengths["positive"].values()) < {rung["gamma"] for dose, rung in rungs.items() if dose > 0}
     assert set(strengths["negative"].values()) < {rung["gamma"] for dose, rung in rungs.items() if dose < 0}
     assert all(record["strength_positive"] == strengths["positive"][record["criterion"]] for record in result.records())
+
+
+def test_a_calibration_alone_and_the_run_that_goes_on_from_it(
+    model: Path, rt: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bands, a judge from a file, strengths for each criterion; the run takes the finished strengths as they are."""
+    judge = tmp_path / "judge.py"
+    judge.write_text("def e(instructions, responses):\n    return [r.count('e') for r in responses]\n")
+    config = _config(
+        model,
+        pairs={"positive": None, "negative": None, "max_new_tokens": 8, "unit": "dose", "noise": "common"},
+        calibrate=True,
+        calibration={
+            "doses": [0.1, 0.3],
+            "instructions": 20,
+            "bands": ["1:3", "all"],
+            "judge": f"{judge}:e",
+            "per_criterion": True,
+        },
+    )
+    facts = find_strengths(config, tmp_path / "run", rt=rt)
+    calibration = facts["calibration"]
+    assert [band["layers"] for band in calibration["bands"]] == [[1, 2], [0, 1, 2, 3]]
+    assert calibration["quality"] == f"{judge}:e"
+    assert facts["layers"] == calibration["layers"]
+    for criterion in ("kind", "brief"):
+        choice = calibration["per_criterion"][criterion]
+        gammas = {rung["dose"]: rung["gamma"] for rung in choice["rungs"]}
+        assert facts["positive"][criterion] == gammas[choice["positive_dose"]]
+        assert facts["negative"][criterion] == gammas[choice["negative_dose"]]
+    assert (tmp_path / "run/calibration.svg").read_text().startswith("<svg")
+    assert not (tmp_path / "run/data").exists()
+    monkeypatch.setattr("icon2_rt.pipeline.calibrate.climb", None)  # it is not climbed twice
+    result = run(config, tmp_path / "run", rt=rt)
+    assert result.report["strengths"] == facts
+    assert result.manifest["controlled_layers"] == {"1:3": [1, 2], "all": [0, 1, 2, 3]}
+
+
+def test_a_calibration_of_ready_directions(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
+    """Ready directions with their prompts can be calibrated: the instructions for it are still written and held out."""
+    config = _config(
+        model,
+        directions={"file": str(finished.path / "directions.safetensors")},
+        pairs={"positive": None, "negative": None, "max_new_tokens": 8},
+        calibration={"doses": [0.1], "instructions": 6, "quality": "projection"},
+    )
+    result = run(config, tmp_path / "run", rt=rt)
+    assert result.report["strengths"]["calibration"]["quality"] == "projection"
+    held_out = {json.loads(line)["id"] for line in (tmp_path / "run/features.jsonl").read_text().splitlines()}
+    assert held_out and not held_out & {record["id"] for record in result.records()}
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("return [float('nan')] * len(responses)", "calibration.judge: the judge gave nan to a response"),
+        ("return 1.0", "calibration.judge: the judge must give a number for each response"),
+        ("raise RuntimeError('no server')", "calibration.judge: the judge raised RuntimeError: no server"),
+    ],
+)
+def test_a_judge_that_does_not_work_is_found_before_the_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: str, message: str
+) -> None:
+    (tmp_path / "judge.py").write_text(f"def mark(instructions, responses):\n    {judge}\n")
+    config = _config(
+        model,
+        pairs={"positive": None, "negative": None},
+        calibration={"judge": f"{tmp_path / 'judge.py'}:mark"},
+    )
+    monkeypatch.setattr("icon2_rt.pipeline.runner.load_runtime", None)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "run")
+
+
+def test_inputs_that_cannot_work_are_found_before_the_model_is_loaded(
+    finished: RunResult, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icon2_rt.pipeline.runner.load_runtime", None)
+    (tmp_path / "one.txt").write_text("Why?\nwhy?\n")
+    (tmp_path / "wit.jsonl").write_text('{"instruction": "Why?", "criterion": "wit"}\n')
+    (tmp_path / "bad.py").write_text("import nothing_like_it\n")
+    directions = {"file": str(finished.path / "directions.safetensors"), "features": 1024}
+    free = {"positive": None, "negative": None}
+    given = {"file": str(tmp_path / "wit.jsonl"), "draws": 10_000, "max_new_tokens": 256}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"directions": {"features_file": str(tmp_path / "one.txt")}}, "2 instructions, 1 of them different; .* 2 "),
+        ({"instructions": given}, r"instructions\.file: instruction 0 wants the criterion 'wit'"),
+        (
+            {"filter": {"scale": f"{tmp_path / 'bad.py'}:f"}},
+            r"filter\.scale: .*bad\.py cannot be imported: .*nothing_like",
+        ),
+        ({"criteria": None, "directions": directions, "pairs": {"positive": {"wit": 1.0}}}, "unknown criterion 'wit'"),
+        (
+            {"pairs": free, "calibration": {"judge": str(model)}},
+            "calibration.judge: .* is no reward model: .* LlamaForCausalLM",
+        ),
+        ({"pairs": free, "calibration": {"judge": "math:no_such"}}, "no function 'no_such' in math"),
+    ]
+    for number, (changes, message) in enumerate(cases):
+        with pytest.raises(ValueError, match=message):
+            run(_config(model, **changes), tmp_path / str(number))
 
 
 def test_datasets_and_trl_take_it_as_it_is(finished: RunResult, model: Path, tmp_path: Path) -> None:

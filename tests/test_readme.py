@@ -14,6 +14,7 @@ import torch
 from icon2_rt import Direction, Steering
 from icon2_rt.engine import EngineOptions, batch
 from icon2_rt.pipeline import calibrate
+from icon2_rt.pipeline.config import CalibrationConfig
 from tools import refresh_readme
 from tools.refresh_readme import DOCUMENTS, ROOT, Failed, blocks, links, refreshed
 
@@ -88,7 +89,8 @@ def test_the_numbers_in_the_documents_are_those_of_the_code() -> None:
         f"the same pages there, at most {batch.ITEM_ROWS}.",
         f"at most {calibrate.FLUENCY_LOSS} nats per token",
         f"({calibrate.CUT_OFF_GAIN * 100:.0f} points at most)",
-        f"wins in more than {calibrate.BETTER_SHARE * 100:.0f} %",
+        f"better in more than {CalibrationConfig.better * 100:.0f} %",
+        f"no more than {calibrate.MANY_TIES * 100:.0f} % are ties",
     ):
         assert words in text
 

@@ -11,7 +11,7 @@ themselves.
 
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.criteria import Criterion
-from icon2_rt.pipeline.runner import RunResult, run
+from icon2_rt.pipeline.runner import RunResult, find_strengths, run
 from icon2_rt.pipeline.templates import ChatFrame, chat_frame
 
-__all__ = ["ChatFrame", "Criterion", "RunConfig", "RunResult", "chat_frame", "run"]
+__all__ = ["ChatFrame", "Criterion", "RunConfig", "RunResult", "chat_frame", "find_strengths", "run"]

@@ -1,28 +1,36 @@
 """Strengths by dose: a ladder of strengths, each tried with both signs, decoded per instruction in one pass.
 
 A strength in residual units means nothing on another model; a dose (strength relative to the residual norm in the
-controlled blocks) nearly does. Each rung of the ladder is judged without any judge, by the unsteered model itself:
+controlled blocks) nearly does. The rule is the paper's: γ⁺ is the rung with the highest mean quality; γ⁻ the one with
+the highest mean quality such that the positive response is better in more than 90 % of the instructions; if none
+reaches that, the rung with the lowest mean. Quality comes from the model itself (:mod:`icon2_rt.pipeline.quality`) or
+from a judge (:mod:`icon2_rt.pipeline.judges`), which is what the paper asks.
 
-- *fluency*: log-probability per token of the steered response under the unsteered model. A rung is fluent if it loses
-  at most ``FLUENCY_LOSS`` nats per token against unsteered responses and is not cut off by the limit more often.
-- *agreement*: how much likelier the response is under the criterion's positive system prompt than under the negative
-  one, in nats per token.
+Two things are ours. Instructions where the two responses are equally good are left out of that share, as long as they
+are no more than half of all: with common random numbers a mild push often leaves the text as it was, which says nothing
+about the pairs that differ. And only *fluent* rungs are candidates: those whose responses lose at most so many nats per
+token under the unsteered model, are not cut off by the limit more often, and stay within the divergence that is asked
+for.
 
-The rule is the paper's rule for choosing strengths, with agreement in the place of its reward model: γ⁺ is the fluent
-rung with the highest mean agreement; γ⁻ the fluent rung with the highest mean agreement such that the positive response
-beats the negative one in more than 90 % of the instructions (if none reaches that, the one with the lowest mean).
+How much of a choice is luck is told by resampling the instructions: the same rule, a thousand times. And since
+strengths look best on the instructions that they were chosen on, the share of better pairs is also given where each
+half of the instructions is judged with the strengths that the other half chose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from icon2_rt.pipeline.config import PairsConfig
-from icon2_rt.pipeline.criteria import Criterion
-from icon2_rt.pipeline.pairs import Kept, Strengths, response_sampling
+import torch
+from torch import Tensor
+
+from icon2_rt.pipeline.config import CalibrationConfig, PairsConfig
+from icon2_rt.pipeline.judges import Judge, verdicts
+from icon2_rt.pipeline.pairs import Kept, Strengths, residual_profile, response_sampling
+from icon2_rt.pipeline.quality import projection
 from icon2_rt.pipeline.sampling import stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 
@@ -31,49 +39,103 @@ if TYPE_CHECKING:
 
 FLUENCY_LOSS = 0.1
 CUT_OFF_GAIN = 0.05
-BETTER_SHARE = 0.9
+RESAMPLES = 1000
+INTERVAL = 0.95
+MANY_TIES = 0.5
+# A criterion with fewer instructions than this gets the strengths that suit all of them together.
+FEWEST = 8
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One signed dose (0: unsteered) over all calibration instructions.
+    """One signed dose (0: unsteered): a figure per calibration instruction.
 
-    ``agreement`` has one figure per instruction, the others are means; ``logprob`` and ``agreement`` in nats per token.
+    ``quality`` in the judge's units; ``logprob`` and ``divergence`` in nats per token, the latter the log-probability
+    under the steered model less that under the unsteered one (its mean is the Kullback-Leibler divergence of what was
+    sampled); ``cut_off`` is 1 where the limit ended the response.
     """
 
     dose: float
     gamma: float
-    logprob: float
-    cut_off: float
-    agreement: tuple[float, ...]
-
-    @property
-    def mean_agreement(self) -> float:
-        return fmean(self.agreement)
+    quality: tuple[float, ...]
+    logprob: tuple[float, ...]
+    divergence: tuple[float, ...]
+    cut_off: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The ladder, and the rungs that were chosen from it."""
+class Ladder:
+    """All rungs on one band of blocks; ``profile`` is how a strength is spread over them."""
 
+    band: str
+    layers: tuple[int, ...]
+    profile: tuple[float, ...]
     rungs: tuple[Rung, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a rung must keep to be a candidate (None: no bound), and how often the positive response must win."""
+
+    fluency_loss: float | None = FLUENCY_LOSS
+    max_divergence: float | None = None
+    better: float = 0.9
+
+    @classmethod
+    def of(cls, config: CalibrationConfig) -> Rule:
+        """A judge that reads the text needs no bound on fluency; the self-contained measures do."""
+        own = FLUENCY_LOSS if config.judge is None else None
+        loss = own if config.fluency_loss is None else config.fluency_loss
+        return cls(loss, config.max_divergence, config.better)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rungs that the rule picks from one ladder, and how sure that is.
+
+    ``ties`` is a share of the instructions, ``better`` of those that are no tie; ``intervals`` has (low, high) over
+    resampled instructions for positive and negative dose, better, and the mean quality of every rung.
+    """
+
+    ladder: Ladder
     positive: Rung
     negative: Rung
     better: float
+    better_held_out: float
+    ties: float
+    fluent: tuple[bool, ...]
+    intervals: dict[str, Any]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        rungs = [{**asdict(rung), "agreement": rung.mean_agreement, "fluent": self.fluent(rung)} for rung in self.rungs]
+        rungs = [
+            {
+                "dose": rung.dose,
+                "gamma": rung.gamma,
+                "quality": fmean(rung.quality),
+                "quality_interval": self.intervals["quality"][i],
+                "logprob": fmean(rung.logprob),
+                "divergence": fmean(rung.divergence),
+                "cut_off": fmean(rung.cut_off),
+                "beaten": _share(*_compare(self.positive, rung)) if rung.dose < 0 else None,
+                "fluent": self.fluent[i],
+            }
+            for i, rung in enumerate(self.ladder.rungs)
+        ]
         return {
+            "band": self.ladder.band,
+            "layers": list(self.ladder.layers),
             "rungs": rungs,
             "positive_dose": self.positive.dose,
             "negative_dose": self.negative.dose,
+            "positive_interval": self.intervals["positive"],
+            "negative_interval": self.intervals["negative"],
             "positive_beats_negative": self.better,
+            "positive_beats_negative_interval": self.intervals["better"],
+            "positive_beats_negative_held_out": self.better_held_out,
+            "ties": self.ties,
             "notes": list(self.notes),
         }
-
-    def fluent(self, rung: Rung) -> bool:
-        return _fluent(rung, next(r for r in self.rungs if r.dose == 0))
 
 
 def climb(
@@ -81,98 +143,227 @@ def climb(
     frame: ChatFrame,
     items: Sequence[Kept],
     directions: DirectionSet,
-    criteria: Mapping[str, Criterion],
-    layers: Sequence[int],
-    profile: Sequence[float],
-    norm: float,
-    doses: Sequence[float],
-    config: PairsConfig,
+    bands: Mapping[str, Sequence[int]],
+    norms: Sequence[float],
+    judge: Judge | None,
+    config: CalibrationConfig,
+    pairs: PairsConfig,
     eos_token_ids: Sequence[int],
     seed: int,
-) -> list[Rung]:
-    """Decode and measure every rung: all doses with both signs and the unsteered branch, with common random numbers.
+) -> list[Ladder]:
+    """Decode and measure every rung of every band: all doses with both signs beside no steering, in one pass over each
+    prompt and with the random numbers that the pairs will have.
 
     Args:
         items: the calibration instructions with their criteria; none of them should be used for pairs.
-        profile: how a strength is spread over the controlled blocks (:class:`~icon2_rt.pipeline.pairs.Strengths`).
-        norm: mean ‖h‖ in the controlled blocks; γ = dose · norm.
+        bands: by name, the blocks (0-based) to steer.
+        norms: mean ‖h‖ after every block; γ = dose · the mean of them over the band.
+        judge: None for the projection on the band's own blocks.
     """
-    signed = sorted({sign * dose for dose in doses for sign in (-1, 1)} | {0.0})
-
-    def branch(dose: float) -> list[Steering] | None:
-        gamma = dict.fromkeys(directions.names, dose * norm)
-        pushes = Strengths(gamma, gamma, tuple(layers), tuple(profile))
-        steerings = {d.name: pushes.push(d, dose * norm) for d in directions}
-        return None if dose == 0 else [steerings[item.criterion] for item in items]
-
+    signed = sorted({sign * dose for dose in config.doses for sign in (-1, 1)})
+    branches: list[list[Steering] | None] = [None]
+    ladders = []
+    for band, layers in bands.items():
+        norm = fmean(norms[i] for i in layers)
+        profile = residual_profile([norms[i] for i in layers], pairs.unit)
+        blank = Strengths({}, {}, tuple(layers), profile)
+        ladders.append(Ladder(band, tuple(layers), profile, ()))
+        for dose in signed:
+            pushes = {d.name: blank.push(d, dose * norm) for d in directions}
+            branches.append([pushes[item.criterion] for item in items])
     outputs = rt.generate_branches(
         [frame.messages(item.instruction.text) for item in items],
-        [branch(dose) for dose in signed],
+        branches,
         seed=stage_seed(seed, "calibration"),
-        noise="common",
+        noise=pairs.noise,
         sample_ids=[item.instruction.id for item in items],
-        generation_config=response_sampling(config, eos_token_ids),
+        generation_config=response_sampling(pairs, eos_token_ids),
     )
-    responses = [[output.branches[k] for output in outputs] for k in range(len(signed))]
+    responses = [[output.branches[k] for output in outputs] for k in range(len(branches))]
+    chats = [frame.messages(item.instruction.text) for item in items]
+    scored = rt.score(chats * len(branches), [completion for rung in responses for completion in rung])
+    plain = [fmean(s.logprobs) for s in scored]
+    texts = [item.instruction.text for item in items]
 
-    def per_token(system: Mapping[str, str | None]) -> list[list[float]]:
-        """Log-probability per token of every response, [rung][item], under the given system prompt per criterion."""
-        chats = [frame.messages(item.instruction.text, system[item.criterion]) for item in items]
-        scored = rt.score(chats * len(signed), [completion for rung in responses for completion in rung])
-        means = [fmean(s.logprobs) for s in scored]
-        return [means[k * len(items) : (k + 1) * len(items)] for k in range(len(signed))]
-
-    plain = per_token(dict.fromkeys(criteria))
-    positive = per_token({name: criterion.positive for name, criterion in criteria.items()})
-    negative = per_token({name: criterion.negative for name, criterion in criteria.items()})
-    return [
-        Rung(
+    def measured(k: int, dose: float, norm: float, by: Judge) -> Rung:
+        logprob = plain[k * len(items) : (k + 1) * len(items)]
+        return Rung(
             dose=dose,
             gamma=dose * norm,
-            logprob=fmean(plain[k]),
-            cut_off=fmean(completion.finish_reason == "length" for completion in responses[k]),
-            agreement=tuple(p - n for p, n in zip(positive[k], negative[k], strict=True)),
+            quality=tuple(verdicts(by, texts, [completion.text or "" for completion in responses[k]])),
+            logprob=tuple(logprob),
+            divergence=tuple(fmean(c.logprobs) - p for c, p in zip(responses[k], logprob, strict=True)),
+            cut_off=tuple(float(c.finish_reason == "length") for c in responses[k]),
         )
-        for k, dose in enumerate(signed)
-    ]
+
+    found = []
+    for number, ladder in enumerate(ladders):
+        norm = fmean(norms[i] for i in ladder.layers)
+        by = judge or projection(rt, frame, directions, ladder.layers, [item.criterion for item in items])
+        rungs = [measured(0, 0.0, norm, by)]
+        rungs += [measured(1 + number * len(signed) + k, dose, norm, by) for k, dose in enumerate(signed)]
+        found.append(Ladder(ladder.band, ladder.layers, ladder.profile, tuple(sorted(rungs, key=lambda r: r.dose))))
+    return found
 
 
-def choose(rungs: Sequence[Rung]) -> Calibration:
+def choose(ladder: Ladder, rule: Rule, seed: int = 0, rows: Sequence[int] | None = None) -> Choice:
     """Pick γ⁺ and γ⁻ from a measured ladder by the rule in the module's first lines.
+
+    Args:
+        rows: the instructions that count; by default all.
+        seed: of the resampling.
 
     Raises:
         ValueError: the ladder lacks the unsteered rung or one of the signs.
     """
-    base = next((rung for rung in rungs if rung.dose == 0), None)
-    ups, downs = [r for r in rungs if r.dose > 0], [r for r in rungs if r.dose < 0]
-    if base is None or not ups or not downs:
+    doses = [rung.dose for rung in ladder.rungs]
+    if 0 not in doses or not min(doses, default=0) < 0 < max(doses, default=0):
         raise ValueError("a ladder needs the unsteered rung (dose 0) and at least one dose of each sign")
+    n = len(ladder.rungs[0].quality)
+    counted = torch.zeros(n, dtype=torch.double)
+    counted[list(range(n)) if rows is None else list(rows)] = 1
+    table = _Table(ladder.rungs, rule)
+    positive, negative, better = (x.item() for x in table.choose(counted[None]))
+    resampled = _resample(counted, seed)
+    ups, downs, wins = table.choose(resampled)
+    dose = torch.tensor(doses, dtype=torch.double)
+    means = resampled @ table.quality.T / resampled.sum(dim=1, keepdim=True)
+    fluent = table.fluent(counted[None])[0]
+    a, b = ladder.rungs[int(positive)], ladder.rungs[int(negative)]
+    chosen = counted.nonzero().flatten().tolist()
     notes = []
-
-    def usable(side: list[Rung], name: str) -> list[Rung]:
-        found = [rung for rung in side if _fluent(rung, base)]
-        if not found:
+    for side, name in ((table.ups, "positive"), (table.downs, "negative")):
+        if not any(fluent[i] for i in side):
             notes.append(f"no {name} dose leaves the text fluent; the smallest is used")
-        return found or [min(side, key=lambda rung: abs(rung.dose))]
-
-    positive = max(usable(ups, "positive"), key=lambda rung: (rung.mean_agreement, -rung.dose))
-    candidates = usable(downs, "negative")
-    clear = [rung for rung in candidates if _better(positive, rung) > BETTER_SHARE]
-    if clear:
-        negative = max(clear, key=lambda rung: (rung.mean_agreement, rung.dose))
-    else:
-        negative = min(candidates, key=lambda rung: (rung.mean_agreement, -rung.dose))
+    ties = fmean(a.quality[i] == b.quality[i] for i in chosen)
+    if any(fluent[i] for i in table.downs) and not (better > rule.better and ties <= MANY_TIES):
         notes.append(
-            f"no fluent negative dose lets the positive response win in more than {BETTER_SHARE:.0%} of the "
-            f"calibration instructions; the one that agrees least is used"
+            f"no fluent negative dose lets the positive response win in more than {rule.better:.0%} of the calibration "
+            f"instructions where the two differ, with no more than {MANY_TIES:.0%} of ties; the one with the lowest "
+            f"quality is used"
         )
-    return Calibration(tuple(rungs), positive, negative, _better(positive, negative), tuple(notes))
+    return Choice(
+        ladder=ladder,
+        positive=a,
+        negative=b,
+        better=float(better),
+        better_held_out=table.held_out(chosen),
+        ties=ties,
+        fluent=tuple(fluent.tolist()),
+        intervals={
+            "positive": _interval(dose[ups]),
+            "negative": _interval(dose[downs]),
+            "better": _interval(wins),
+            "quality": [_interval(means[:, i]) for i in range(len(doses))],
+        },
+        notes=tuple(notes),
+    )
 
 
-def _fluent(rung: Rung, base: Rung) -> bool:
-    return rung.logprob >= base.logprob - FLUENCY_LOSS and rung.cut_off <= base.cut_off + CUT_OFF_GAIN
+def best(choices: Sequence[Choice], rule: Rule) -> Choice:
+    """The band to use: of those where the positive response wins often enough, the one whose γ⁺ has the highest mean
+    quality; if there is none, the one where it wins most often."""
+    clear = [choice for choice in choices if choice.better > rule.better and choice.ties <= MANY_TIES]
+    if clear:
+        return max(clear, key=lambda choice: fmean(choice.positive.quality))
+    return max(choices, key=lambda choice: choice.better)
 
 
-def _better(positive: Rung, negative: Rung) -> float:
-    """How often the positive response agrees more; a tie (with common random numbers often the same text) is half."""
-    return fmean((p > n) + 0.5 * (p == n) for p, n in zip(positive.agreement, negative.agreement, strict=True))
+def per_criterion(
+    choice: Choice, items: Sequence[Kept], names: Sequence[str], rule: Rule, seed: int = 0
+) -> dict[str, Choice]:
+    """The rule again for the instructions of each criterion alone; where there are too few, the choice for all."""
+    rows = {name: [row for row, item in enumerate(items) if item.criterion == name] for name in names}
+    return {n: choose(choice.ladder, rule, seed, rows[n]) if len(rows[n]) >= FEWEST else choice for n in names}
+
+
+def _compare(positive: Rung, negative: Rung) -> tuple[int, int]:
+    """In how many instructions the positive response is better, and in how many they differ."""
+    pairs = list(zip(positive.quality, negative.quality, strict=True))
+    return sum(p > q for p, q in pairs), sum(p != q for p, q in pairs)
+
+
+def _share(wins: float, differ: float) -> float:
+    """Half where nothing differs: neither is better."""
+    return wins / differ if differ else 0.5
+
+
+class _Table:
+    """A ladder's figures as tensors ``[rungs, n]``, and the rule over any number of weightings of the instructions."""
+
+    def __init__(self, rungs: Sequence[Rung], rule: Rule):
+        self.quality, self._logprob, self._divergence, self._cut_off = (
+            torch.tensor([getattr(rung, name) for rung in rungs], dtype=torch.double)
+            for name in ("quality", "logprob", "divergence", "cut_off")
+        )
+        self.rule = rule
+        order = sorted(range(len(rungs)), key=lambda i: abs(rungs[i].dose))  # at equal quality the smaller dose
+        self._base = order[0]
+        self.ups = [i for i in order if rungs[i].dose > 0]
+        self.downs = [i for i in order if rungs[i].dose < 0]
+        up, down = self.quality[self.ups][:, None], self.quality[self.downs][None]
+        self._wins, self._differ = (up > down).double(), (up != down).double()  # [ups, downs, n]
+
+    def fluent(self, weights: Tensor) -> Tensor:
+        """``[b, rungs]`` bool for weightings ``[b, n]`` of the instructions."""
+        total = weights.sum(dim=1, keepdim=True)
+        logprob, divergence, cut_off = (
+            weights @ figures.T / total for figures in (self._logprob, self._divergence, self._cut_off)
+        )
+        found = cut_off <= cut_off[:, self._base, None] + CUT_OFF_GAIN
+        if self.rule.fluency_loss is not None:
+            found &= logprob >= logprob[:, self._base, None] - self.rule.fluency_loss
+        if self.rule.max_divergence is not None:
+            found &= divergence <= self.rule.max_divergence
+        return found
+
+    def choose(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For weightings ``[b, n]``: the rungs of γ⁺ and γ⁻ ``[b]``, and how often the first beats the second ``[b]``.
+
+        argmax takes the first of equals, which is the smallest dose, also where nothing is fluent.
+        """
+        total = weights.sum(dim=1)
+        means = (weights @ self.quality.T / total[:, None]).round(decimals=9)  # equal ones must stay equal
+        fluent = self.fluent(weights)
+        up = torch.where(fluent, means, -torch.inf)[:, self.ups].argmax(dim=1)
+        rows = torch.arange(len(weights))
+        wins, differ = (
+            torch.einsum("udn,bn->bud", figures, weights)[rows, up] for figures in (self._wins, self._differ)
+        )  # [b, downs]
+        candidates = fluent[:, self.downs]
+        enough = differ >= (1 - MANY_TIES) * total[:, None]
+        clear = candidates & enough & (wins > self.rule.better * differ)
+        low = means[:, self.downs]
+        mild = torch.where(clear, low, -torch.inf).argmax(dim=1)
+        lowest = torch.where(candidates, -low, -torch.inf).argmax(dim=1)
+        down = torch.where(clear.any(dim=1), mild, lowest)
+        better = torch.where(differ > 0, wins / differ, 0.5)[rows, down]
+        return torch.tensor(self.ups)[up], torch.tensor(self.downs)[down], better
+
+    def held_out(self, rows: Sequence[int]) -> float:
+        """How often the positive response wins where each half is judged with the strengths that the other chose."""
+        wins = differ = 0.0
+        for mine, other in ((rows[::2], rows[1::2]), (rows[1::2], rows[::2])):
+            if not mine or not other:
+                continue
+            weights = torch.zeros(1, self.quality.shape[1], dtype=torch.double)
+            weights[0, list(mine)] = 1
+            up, down, _ = self.choose(weights)
+            place = self.ups.index(int(up)), self.downs.index(int(down))
+            wins += float(self._wins[place][list(other)].sum())
+            differ += float(self._differ[place][list(other)].sum())
+        return _share(wins, differ)
+
+
+def _resample(counted: Tensor, seed: int) -> Tensor:
+    """How often each instruction comes up when as many are drawn with replacement: ``[RESAMPLES, n]``."""
+    generator = torch.Generator().manual_seed(stage_seed(seed, "bootstrap"))
+    drawn = torch.multinomial(counted.expand(RESAMPLES, -1), int(counted.sum()), replacement=True, generator=generator)
+    return torch.zeros(RESAMPLES, len(counted), dtype=torch.double).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.double)
+    )
+
+
+def _interval(values: Tensor) -> list[float]:
+    tail = (1 - INTERVAL) / 2
+    return torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.double), interpolation="nearest").tolist()

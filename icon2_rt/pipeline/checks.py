@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from icon2_rt.pipeline.calibrate import FLUENCY_LOSS
+from icon2_rt.pipeline.config import CalibrationConfig
 from icon2_rt.pipeline.consistency import DEGENERATE_SHARE
 from icon2_rt.pipeline.separability import SEPARATED
 
@@ -134,8 +135,8 @@ RULES: dict[str, Rule] = {
         "criterion, or give every instruction its criterion in instructions.file.",
     ),
     "calibrated": Rule(
-        "Strengths", "Calibration: positive beats negative", 0.9, 0.6,
-        "The paper's condition for γ⁻, on instructions that are not used for pairs; ties count half.",
+        "Strengths", "Calibration: positive beats negative", CalibrationConfig.better, 0.6,
+        "The paper's condition for γ⁻, on instructions that are not used for pairs; ties are left out.",
         "Add larger negative doses as long as the text stays fluent; try other pairs.layers; a low pairs.temperature "
         'or pairs.noise = "common" leaves less to chance.',
     ),

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from icon2_rt.pipeline import baselines, checks, dataset, stages
+from icon2_rt.pipeline import baselines, checks, dataset, judges, stages
 from icon2_rt.pipeline.config import BaselineConfig, RunConfig
 from icon2_rt.pipeline.folder import Artifact
-from icon2_rt.pipeline.functions import is_function, load_function
 from icon2_rt.pipeline.judges import Judge, RewardModel
 from icon2_rt.pipeline.report import pair_sections
 from icon2_rt.pipeline.stages import Job, Scored
@@ -31,9 +30,7 @@ def load_judge(job: Job) -> Judge | None:
     baseline = _settings(job)
     if baseline.recipe != "best_of_n" or baseline.judge is None:
         return None
-    if is_function(baseline.judge):
-        return load_function(baseline.judge, "baseline.judge")
-    return RewardModel.load(baseline.judge, baseline.label, job.rt.device)
+    return judges.load_judge(baseline.judge, baseline.label, job.rt.device, "baseline.judge")
 
 
 def pairs(

@@ -181,10 +181,25 @@ class PairsConfig:
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Strengths by dose, ‖γu‖ relative to the mean residual norm in the controlled blocks: each of ``doses`` is tried
-    with both signs on ``instructions`` of the feature instructions, in one pass."""
+    with both signs on ``instructions`` of the feature instructions (paper: 100), in one pass; with ``bands`` on each of
+    several bands of blocks, written as ``pairs.layers``, which is then not used. ``per_criterion`` chooses for each
+    criterion alone.
+
+    ``quality`` is what the model itself says (:mod:`icon2_rt.pipeline.quality`), unless a ``judge`` is asked, with its
+    ``label``, as in a ``[baseline]``. The positive response must be better in more than ``better`` of the instructions.
+    ``fluency_loss`` bounds the nats per token that a response may lose under the unsteered model (none: 0.1 without a
+    judge, no bound with one), ``max_divergence`` the Kullback-Leibler divergence from it, in nats per token."""
 
     doses: tuple[float, ...] = option((0.02, 0.05, 0.1, 0.15, 0.2), not_empty)
-    instructions: int = option(32, at_least(2))
+    instructions: int = option(100, at_least(2))
+    bands: tuple[str, ...] = option(())
+    per_criterion: bool = option(False)
+    quality: Literal["agreement", "projection"] = option("agreement")
+    judge: str | None = option(None, not_empty)
+    label: str | None = option(None, not_empty)
+    better: float = option(0.9, at_least(0.5), below(1))
+    fluency_loss: float | None = option(None, above(0))
+    max_divergence: float | None = option(None, above(0))
 
 
 @dataclass(frozen=True)
@@ -213,7 +228,8 @@ class RunConfig:
 
     ``model`` is a path, a hub id, or "tiny" for the model that ships with the package. ``preset`` fills in what is left
     out (:data:`PRESETS`). ``criteria`` are tables with two prompts each, or a list of names of the paper's four, which
-    are the default (for "tiny": those it was trained with).
+    are the default (for "tiny": those it was trained with). ``calibrate = true`` is a calibration with the defaults of
+    its section; false leaves a ``[calibration]`` section to ``icon2 calibrate`` alone.
     """
 
     model: str = option(_REQUIRED, not_empty)
@@ -225,6 +241,7 @@ class RunConfig:
     instructions: InstructionsConfig = field(default_factory=InstructionsConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    calibrate: bool | None = option(None)
     calibration: CalibrationConfig | None = None
     baseline: BaselineConfig | None = None
 
@@ -251,6 +268,8 @@ class RunConfig:
             table = _with_named_criteria(_with_preset(table), errors)
         config = _read(cls, table, "", errors)
         if config is not None:
+            if config.calibrate and config.calibration is None:
+                config = dataclasses.replace(config, calibration=CalibrationConfig())
             config = _resolve_files(config, folder, errors)
             errors += _contradictions(config)
         if errors:
@@ -266,6 +285,11 @@ class RunConfig:
     def resolved_criteria(self) -> dict[str, Criterion]:
         """The criteria of the run; none where ``directions.file`` brings directions and no prompts are given."""
         return dict(self.criteria) or ({} if self.directions.file else default_criteria(self.model))
+
+    @property
+    def calibrates(self) -> bool:
+        """Does a run find its strengths by a calibration?"""
+        return self.calibration is not None and self.calibrate is not False
 
 
 PAPER_STRENGTHS = (0.1, -0.05)
@@ -338,14 +362,14 @@ def parse_layers(text: str) -> slice | str:
     raise ValueError(f'must be "middle", "all" or a 0-based range of blocks like "9:20" (end excluded), not {text!r}')
 
 
-def controlled_layers(text: str, n_layers: int) -> list[int]:
+def controlled_layers(text: str, n_layers: int, key: str = "pairs.layers") -> list[int]:
     """The blocks (0-based) that are steered in a model of ``n_layers``.
 
     "middle" is the paper's band: blocks ⌊N/3⌋ to 2·⌊N/3⌋, counted from 1, both included: 10–20 of 32, 12–24 of 36 and
     16–32 of 48 as printed there. (For the 28 blocks of Qwen2-7B the paper takes 10–20 too; this rule gives 9–18.)
 
     Raises:
-        ValueError: the range selects no block of this model.
+        ValueError: the range selects no block of this model; ``key`` names the setting.
     """
     chosen = parse_layers(text)
     if chosen == "all":
@@ -356,11 +380,24 @@ def controlled_layers(text: str, n_layers: int) -> list[int]:
     assert isinstance(chosen, slice)
     for bound in (chosen.start, chosen.stop):
         if bound is not None and not -n_layers <= bound <= n_layers:
-            raise ValueError(f"pairs.layers: {text!r} reaches outside the model's blocks 0..{n_layers - 1}")
+            raise ValueError(f"{key}: {text!r} reaches outside the model's blocks 0..{n_layers - 1}")
     layers = list(range(n_layers))[chosen]
     if not layers:
-        raise ValueError(f"pairs.layers: {text!r} selects no block of 0..{n_layers - 1}")
+        raise ValueError(f"{key}: {text!r} selects no block of 0..{n_layers - 1}")
     return layers
+
+
+def controlled_bands(config: RunConfig, n_layers: int) -> dict[str, tuple[int, ...]]:
+    """The blocks that may be steered, by the text that names them: one band, or those that a calibration compares.
+
+    Raises:
+        ValueError: as :func:`controlled_layers`.
+    """
+    if config.calibrates and config.calibration is not None and config.calibration.bands:
+        key, bands = "calibration.bands", config.calibration.bands
+    else:
+        key, bands = "pairs.layers", (config.pairs.layers,)
+    return {band: tuple(controlled_layers(band, n_layers, key)) for band in bands}
 
 
 def _with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -395,9 +432,9 @@ def _with_named_criteria(table: dict[str, Any], errors: list[str]) -> dict[str, 
 def _contradictions(config: RunConfig) -> list[str]:
     """What is wrong with options that are each fine by themselves."""
     errors = []
-    if config.calibration is not None:
+    if config.calibrates:
         given = [name for name in ("positive", "negative") if getattr(config.pairs, name) is not None]
-        errors += [f"pairs.{name}: leave it out, [calibration] finds the strengths" for name in given]
+        errors += [f"pairs.{name}: leave it out, the calibration finds the strengths" for name in given]
     elif config.pairs.unit == "dose":
         errors += [
             f'pairs.{name}: give it, as a share of the residual norm ("{example}"); the paper\'s strengths are in '
@@ -405,8 +442,8 @@ def _contradictions(config: RunConfig) -> list[str]:
             for name, example in (("positive", 0.1), ("negative", -0.1))
             if getattr(config.pairs, name) is None
         ]
-    if config.calibration is not None and any(not 0 < dose < 2 for dose in config.calibration.doses):
-        errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
+    if config.calibration is not None:
+        errors += _calibration_contradictions(config, config.calibration)
     errors += _pair_contradictions(config) + _baseline_contradictions(config)
     low, high = config.instructions.min_chars, config.instructions.max_chars
     if high is not None and high < low:
@@ -419,7 +456,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             errors.append(f"calibration: {missing}")
         if config.filter.scale == "contrast" and not config.criteria:
             errors.append(f"filter.scale: contrast {missing}")
-        features = () if config.calibration is not None else ("features", "features_file")
+        features = () if config.calibrates else ("features", "features_file")
         errors += _without_effect(config.directions, "directions", ("method", *features))
     if config.instructions.file is not None:
         errors += _without_effect(
@@ -428,6 +465,24 @@ def _contradictions(config: RunConfig) -> list[str]:
             ("draws", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"),
         )
     return errors + _same_prompts(config.criteria, "criteria.")
+
+
+def _calibration_contradictions(config: RunConfig, calibration: CalibrationConfig) -> list[str]:
+    errors = []
+    if any(not 0 < dose < 2 for dose in calibration.doses):
+        errors.append("calibration.doses: each is a share of the residual norm, between 0 and 2")
+    for number, band in enumerate(calibration.bands):
+        if complaint := layer_range(band):
+            errors.append(f"calibration.bands[{number}]: {complaint}")
+    if len(set(calibration.bands)) < len(calibration.bands):
+        errors.append("calibration.bands: a band is named twice")
+    if calibration.bands and config.calibrates and config.pairs.layers != PairsConfig().layers:
+        errors.append("pairs.layers: leave it out, the calibration chooses one of its bands")
+    if calibration.judge is not None and calibration.quality != CalibrationConfig().quality:
+        errors.append("calibration.quality: leave it out, the judge is asked")
+    if calibration.label is not None and (calibration.judge is None or is_function(calibration.judge)):
+        errors.append("calibration.label: has no effect without a reward model as the judge; leave it out")
+    return errors
 
 
 def _pair_contradictions(config: RunConfig) -> list[str]:
@@ -529,11 +584,18 @@ def _resolve_files(config: RunConfig, folder: Path | None, errors: list[str]) ->
     )
     instructions = dataclasses.replace(config.instructions, file=resolve(config.instructions.file, "instructions.file"))
     filter_ = dataclasses.replace(config.filter, scale=resolve_function(config.filter.scale, "filter.scale"))
-    baseline = config.baseline
+    baseline, calibration = config.baseline, config.calibration
     if baseline is not None and baseline.judge is not None:
         baseline = dataclasses.replace(baseline, judge=resolve_function(baseline.judge, "baseline.judge"))
+    if calibration is not None and calibration.judge is not None:
+        calibration = dataclasses.replace(calibration, judge=resolve_function(calibration.judge, "calibration.judge"))
     return dataclasses.replace(
-        config, directions=directions, instructions=instructions, filter=filter_, baseline=baseline
+        config,
+        directions=directions,
+        instructions=instructions,
+        filter=filter_,
+        baseline=baseline,
+        calibration=calibration,
     )
 
 
@@ -595,7 +657,8 @@ def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return {k: v for k, v in read.items() if v is not None}
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            errors.append(f"{path}: must be a list of numbers, not {_show(value)}")
+            what = "numbers" if args[0] is float else "texts"
+            errors.append(f"{path}: must be a list of {what}, not {_show(value)}")
             return None
         return tuple(_read_value(args[0], v, f"{path}[{i}]", errors) for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -12,18 +12,52 @@ from typing import Any
 
 import torch
 
+from icon2_rt.pipeline.functions import is_function, load_function
+
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # instructions, responses → one number each
 
 _BATCH = 8
+# What every judge is asked before the work whose result it will judge.
+_PROBE = (["What is the capital of France?"] * 2, ["The capital of France is Paris.", "I do not know."])
+
+
+def load_judge(name: str, label: str | None, device: str | torch.device, setting: str) -> Judge:
+    """The judge that a config names: a function ("module:function"), or else a reward model.
+
+    It is asked once, about two texts, so that one that does not work is told before the work that it will judge.
+
+    Raises:
+        ValueError: as :meth:`RewardModel.load`, :func:`~icon2_rt.pipeline.functions.load_function` and
+            :func:`verdicts`; ``setting`` names the config key. OSError: not found.
+    """
+    try:
+        judge = load_function(name, setting) if is_function(name) else RewardModel.load(name, label, device)
+        verdicts(judge, *_PROBE)
+        if isinstance(judge, RewardModel):
+            judge.tokens = 0  # the account begins with the work
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(setting) else f"{setting}: {text}") from error
+    return judge
 
 
 def verdicts(judge: Judge, instructions: Sequence[str], responses: Sequence[str]) -> list[float]:
     """What a judge gives each response; higher is better.
 
     Raises:
-        ValueError: another number of verdicts than responses, or one that is no finite number, with the response.
+        ValueError: it raises; another number of verdicts than responses; one that is no finite number, with the
+            response.
     """
-    given = [float(value) for value in judge(list(instructions), list(responses))]
+    try:
+        given: Any = judge(list(instructions), list(responses))
+    except Exception as error:  # it is the user's code, and may raise anything
+        raise ValueError(f"the judge raised {type(error).__name__}: {error}") from error
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    try:
+        given = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the judge must give a number for each response: {error}") from None
     if len(given) != len(responses):
         raise ValueError(f"the judge gave {len(given)} verdicts on {len(responses)} responses: one for each")
     for value, instruction, response in zip(given, instructions, responses, strict=True):
@@ -33,6 +67,29 @@ def verdicts(judge: Judge, instructions: Sequence[str], responses: Sequence[str]
                 f"response {response!r:.80}"
             )
     return given
+
+
+def check_reward_model(path: str, label: str | None) -> int:
+    """The place of ``label`` among a reward model's labels (0 where it has one), from its config alone.
+
+    Raises:
+        ValueError: not a sequence classification model; several labels and none, or an unknown one, named.
+        OSError: not found.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    if not any("SequenceClassification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"{path} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}, and "
+            f"a judge must be one for sequence classification, or a function of your own"
+        )
+    labels = [str(config.id2label[k]) for k in sorted(config.id2label)]
+    if label is None and len(labels) > 1:
+        raise ValueError(f"{path} has {len(labels)} labels ({', '.join(labels)}): name the one that means good")
+    if label is not None and label not in labels:
+        raise ValueError(f"{path} has no label {label!r}, only {', '.join(labels)}")
+    return 0 if label is None else labels.index(label)
 
 
 @dataclass
@@ -55,24 +112,19 @@ class RewardModel:
             label: the label whose logit is the verdict; a model with one output needs none.
 
         Raises:
-            ValueError: no sequence classification model, or several labels and none, or an unknown one, named.
+            ValueError: as :func:`check_reward_model`, or a checkpoint without the weights of its head.
             OSError: not found.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(path)
-        if not any("SequenceClassification" in name for name in config.architectures or ()):
+        column = check_reward_model(path, label)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+        if loading["missing_keys"]:
             raise ValueError(
-                f"{path} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}, and "
-                f"a judge must be one for sequence classification"
+                f"{path} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}: it was not trained as a "
+                f"reward model, and its verdicts would be random"
             )
-        labels = [str(config.id2label[k]) for k in sorted(config.id2label)]
-        if label is None and len(labels) > 1:
-            raise ValueError(f"{path} has {len(labels)} labels ({', '.join(labels)}): name the one that means good")
-        if label is not None and label not in labels:
-            raise ValueError(f"{path} has no label {label!r}, only {', '.join(labels)}")
-        model = AutoModelForSequenceClassification.from_pretrained(path).eval().to(device)
-        return cls(model, AutoTokenizer.from_pretrained(path), 0 if label is None else labels.index(label))
+        return cls(model.eval().to(device), AutoTokenizer.from_pretrained(path), column)
 
     @property
     def parameters(self) -> int:

@@ -34,6 +34,7 @@ def asked_for(config: RunConfig) -> dict[str, Any]:
         "instructions.file": config.instructions.file,
         "filter.scale": function_file(config.filter.scale),
         "baseline.judge": function_file((config.baseline and config.baseline.judge) or ""),
+        "calibration.judge": function_file((config.calibration and config.calibration.judge) or ""),
     }
     checksums = {key: sha256(Path(path).read_bytes()) for key, path in named.items() if path is not None}
     return {"config": config.to_dict(), "files": checksums}
@@ -78,7 +79,11 @@ def refuse_another(before: Mapping[str, Any] | None, now: Mapping[str, Any], fol
 
 
 def compose(
-    config: RunConfig, identity: Mapping[str, Any], frame: ChatFrame, layers: Sequence[int], eos: Sequence[int]
+    config: RunConfig,
+    identity: Mapping[str, Any],
+    frame: ChatFrame,
+    bands: Mapping[str, Sequence[int]],
+    eos: Sequence[int],
 ) -> dict[str, Any]:
     """The manifest of a run that begins; its counts are added when it is finished."""
     notes = []
@@ -94,7 +99,7 @@ def compose(
         "format": FORMAT,
         "identity": dict(identity),
         "criteria": {name: dataclasses.asdict(criterion) for name, criterion in criteria.items()},
-        "controlled_layers": list(layers),
+        "controlled_layers": {band: list(layers) for band, layers in bands.items()},
         "seeds": {
             "run": config.seed,
             **{stage: stage_seed(config.seed, stage) for stage in ("instructions", "calibration", "pairs")},

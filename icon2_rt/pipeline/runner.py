@@ -6,6 +6,7 @@ the same command takes the finished ones from there and makes the rest, so that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from icon2_rt.pipeline import comparison, costs, dataset, manifest, page, stages
-from icon2_rt.pipeline.config import RunConfig, controlled_layers
+from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
+from icon2_rt.pipeline.ladder_plot import ladder_svg
 from icon2_rt.pipeline.loading import end_tokens, instruction_room, load_runtime
+from icon2_rt.pipeline.preflight import preflight
 from icon2_rt.pipeline.report import card, compose
 from icon2_rt.pipeline.stages import Job, Watch, silent
 from icon2_rt.pipeline.templates import chat_frame
@@ -72,51 +75,15 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
             other settings, versions or on another machine: what differs is listed.
         OSError: the folder cannot be written. What was finished stays, and the same call continues.
     """
-    config = RunConfig.from_dict(config.to_dict())  # one made in Python is checked like one from a file
-    seconds: dict[str, float] = {}
     with RunFolder(out) as folder:
-
-        def timed(step: str, work: Callable[[], T]) -> T:
-            began = perf_counter()
-            value = work()
-            seconds[step] = perf_counter() - began
-            folder.log(step, seconds=round(seconds[step], 3))
-            return value
-
-        before = folder.manifest()
-        identity = manifest.asked_for(config)
-        manifest.refuse_another(before, identity, folder.path)
-        folder.log("resumed" if before else "started")
-        if rt is None:
-            watch("model", 0, 1)
-            rt = timed("model", lambda: load_runtime(config, before["identity"].get("machine") if before else None))
-            watch("model", 1, 1)
-        eos = end_tokens(rt)
-        frame = chat_frame(rt.tokenizer, eos)
-        layers = tuple(controlled_layers(config.pairs.layers, rt.spec.n_layers))
-        job = Job(config, folder, rt, frame, eos, layers, instruction_room(rt, frame, config), watch)
-        identity |= manifest.found(rt, frame)
-        manifest.refuse_another(before, identity, folder.path)
-        about = before or manifest.compose(config, identity, frame, layers, eos)
-        folder.write_manifest(about)
-        rt.usage.take()  # whatever it was used for before
-
-        def finish(report: dict[str, Any], readme: str) -> RunResult:
-            report = {**report, "costs": costs.account(folder.artifacts(), job.rt.spec, report["counts"]["pairs"])}
-            folder.write_result("report.json", to_json(report))
-            folder.write_result("report.html", page.render(report, about).encode())
-            folder.write_result("README.md", readme.encode())
-            finished = {**about, "counts": report["counts"], "finished": True}
-            folder.write_manifest(finished)
-            folder.log("finished")
-            return RunResult(folder.path, report, finished, seconds)
-
-        if config.baseline is not None:
+        work = _Work(config, folder, watch, rt)
+        job, timed = work.job, work.timed
+        if job.config.baseline is not None:
             judge = timed("judge", lambda: comparison.load_judge(job))
             raw, scored = timed("instructions", lambda: stages.instructions(job, None, None))
             shards, counts = timed("pairs", lambda: comparison.pairs(job, raw, scored, judge))
             report = comparison.compose(job, counts, shards)
-            return finish(report, comparison.card(config, report))
+            return work.finish(report, comparison.card(job.config, report))
         features, feature_list = timed("feature instructions", lambda: stages.feature_instructions(job))
         directions, direction_set = timed("directions", lambda: stages.directions(job, features, feature_list))
         raw, scored = timed("instructions", lambda: stages.instructions(job, directions, direction_set))
@@ -126,6 +93,78 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
         inputs = [directions, kept, strong]
         shards = timed("pairs", lambda: stages.pairs(job, inputs, kept_list, direction_set, strengths))
 
-        effect = timed("effect", lambda: stages.effect(job, directions, shards, direction_set))
+        effect = timed("effect", lambda: stages.effect(job, directions, shards, direction_set, strengths))
         report = compose(job, direction_set, features, kept, strong, shards, effect)
-        return finish(report, card(config, report))
+        return work.finish(report, card(job.config, report))
+
+
+def find_strengths(
+    config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtime | None = None
+) -> Mapping[str, Any]:
+    """Only the strengths: what a run with a calibration does up to there, in a folder that such a run continues.
+
+    Arguments and errors as for :func:`run`; a config without a ``[calibration]`` section gets its defaults.
+
+    Returns: the content of ``strengths.json``; beside it ``calibration.svg`` shows the ladder.
+    """
+    config = dataclasses.replace(config, calibrate=True)
+    with RunFolder(out) as folder:
+        work = _Work(config, folder, watch, rt)
+        job, timed = work.job, work.timed
+        features, feature_list = timed("feature instructions", lambda: stages.feature_instructions(job))
+        directions, direction_set = timed("directions", lambda: stages.directions(job, features, feature_list))
+        strong, _ = timed("strengths", lambda: stages.strengths(job, directions, feature_list, direction_set))
+        folder.write_result("calibration.svg", ladder_svg(strong.facts["calibration"]).encode())
+        folder.log("calibrated")
+        return strong.facts
+
+
+class _Work:
+    """A run that has begun: its folder is found to be its own, its model loaded, its manifest written.
+
+    Attributes:
+        job: what the steps need. about: the manifest. seconds: how long each step took.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, watch: Watch, rt: Runtime | None):
+        config = RunConfig.from_dict(config.to_dict())  # one made in Python is checked like one from a file
+        self._folder = folder
+        self.seconds: dict[str, float] = {}
+        before = folder.manifest()
+        identity = manifest.asked_for(config)
+        manifest.refuse_another(before, identity, folder.path)
+        preflight(config)
+        folder.log("resumed" if before else "started")
+        if rt is None:
+            watch("model", 0, 1)
+            as_on = before["identity"].get("machine") if before else None
+            rt = self.timed("model", lambda: load_runtime(config, as_on))
+            watch("model", 1, 1)
+        eos = end_tokens(rt)
+        frame = chat_frame(rt.tokenizer, eos)
+        bands = controlled_bands(config, rt.spec.n_layers)
+        self.job = Job(config, folder, rt, frame, eos, bands, instruction_room(rt, frame, config), watch)
+        identity |= manifest.found(rt, frame)
+        manifest.refuse_another(before, identity, folder.path)
+        self.about = before or manifest.compose(config, identity, frame, bands, eos)
+        folder.write_manifest(self.about)
+        rt.usage.take()  # whatever it was used for before
+
+    def timed(self, step: str, work: Callable[[], T]) -> T:
+        began = perf_counter()
+        value = work()
+        self.seconds[step] = perf_counter() - began
+        self._folder.log(step, seconds=round(self.seconds[step], 3))
+        return value
+
+    def finish(self, report: dict[str, Any], readme: str) -> RunResult:
+        """Write what is made from the artifacts alone, and say that the run is whole."""
+        folder = self._folder
+        report = {**report, "costs": costs.account(folder.artifacts(), self.job.rt.spec, report["counts"]["pairs"])}
+        folder.write_result("report.json", to_json(report))
+        folder.write_result("report.html", page.render(report, self.about).encode())
+        folder.write_result("README.md", readme.encode())
+        finished = {**self.about, "counts": report["counts"], "finished": True}
+        folder.write_manifest(finished)
+        folder.log("finished")
+        return RunResult(folder.path, report, finished, self.seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from icon2_rt.pipeline import calibrate, consistency, costs, dataset, health
-from icon2_rt.pipeline.config import SCALES, RunConfig, given_strengths, incomplete_strengths
+from icon2_rt.pipeline import calibrate, consistency, costs, dataset, health, quality
+from icon2_rt.pipeline.config import SCALES, RunConfig, given_strengths
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.effect import SAMPLE
 from icon2_rt.pipeline.effect import measure as measure_effect
@@ -24,6 +23,7 @@ from icon2_rt.pipeline.files import from_jsonl, to_json, to_jsonl
 from icon2_rt.pipeline.folder import Artifact, RunFolder
 from icon2_rt.pipeline.functions import load_function
 from icon2_rt.pipeline.instructions import REASONS, Instruction, read_instructions, synthesise, without_duplicates
+from icon2_rt.pipeline.judges import Judge, load_judge
 from icon2_rt.pipeline.loading import system_tokens
 from icon2_rt.pipeline.pairs import Kept, Strengths, decode, residual_profile
 from icon2_rt.pipeline.templates import ChatFrame, chat_length
@@ -46,14 +46,15 @@ def silent(step: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What every step needs. ``layers``: the controlled blocks; ``room``: the most tokens of an instruction's chat."""
+    """What every step needs. ``bands``: the blocks that may be steered, by the text that names them in the config (more
+    than one where a calibration chooses); ``room``: the most tokens of an instruction's chat."""
 
     config: RunConfig
     folder: RunFolder
     rt: Runtime
     frame: ChatFrame
     eos: tuple[int, ...]
-    layers: tuple[int, ...]
+    bands: Mapping[str, tuple[int, ...]]
     room: int
     watch: Watch
 
@@ -86,7 +87,7 @@ class Scored:
 def feature_instructions(job: Job) -> tuple[Artifact | None, list[Instruction]]:
     """D_feat: what the directions are extracted from, and the calibration's held-out instructions."""
     config, name, path = job.config.directions, "features", "features.jsonl"
-    if config.file is not None and job.config.calibration is None:
+    if config.file is not None and not job.config.calibrates:
         return None, []
     artifact = job.folder.finished(name)
     if artifact is None:
@@ -141,25 +142,16 @@ def directions(
 
 
 def _check_directions(job: Job, made: DirectionSet) -> None:
-    spec, criteria = job.rt.spec, job.config.criteria
-    if criteria and sorted(criteria) != sorted(made.names):
-        raise ValueError(
-            f"criteria: directions.file holds {', '.join(made.names)}; tables beside it give the prompts of exactly "
-            f"those, and there are {', '.join(criteria)}"
-        )
-    if wrong := incomplete_strengths(job.config.pairs, made.names):
-        raise ValueError("\n".join(wrong))
-    unknown = [name for name in job.config.pairs.weights if name not in made.names]
-    if unknown:
-        raise ValueError(f"pairs.weights.{unknown[0]}: directions.file has no such direction, only {made.names}")
+    spec = job.rt.spec
     for d in made:
         if (d.n_layers, d.hidden_size) != (spec.n_layers, spec.hidden_size):
             raise ValueError(
                 f"directions.file: {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, the model has "
                 f"{spec.n_layers} of size {spec.hidden_size}: it was made on another model"
             )
-        if not set(job.layers) & set(d.layers):
-            raise ValueError(f"pairs.layers: direction {d.name!r} has no vector on blocks {list(job.layers)}")
+        for layers in job.bands.values():
+            if not set(layers) & set(d.layers):
+                raise ValueError(f"pairs.layers: direction {d.name!r} has no vector on blocks {list(layers)}")
 
 
 def instructions(
@@ -176,7 +168,6 @@ def instructions(
     if config.file is not None:
         read = read_instructions(config.file)
         given = {instruction.id: record for instruction, record in read}
-        _check_given_criteria(given, direction_set.names if direction_set else list(job.config.resolved_criteria()))
         work = [instruction for instruction, _ in read]
     else:
         first = job.config.directions.features  # the draws before it are the feature instructions
@@ -226,15 +217,6 @@ def _those_that_fit(job: Job, given: Sequence[Instruction], room: int) -> tuple[
     """Given instructions pass the one rule that the model itself sets."""
     fitting = [item for item in given if chat_length(job.rt.tokenizer, job.frame.messages(item.text)) <= room]
     return fitting, Counter({"drawn": len(given), "too long": len(given) - len(fitting)})
-
-
-def _check_given_criteria(given: Mapping[int, Mapping[str, Any]], names: Sequence[str]) -> None:
-    for number, record in given.items():
-        criterion = record.get("criterion")
-        if criterion is not None and criterion not in names:
-            raise ValueError(
-                f"instructions.file: instruction {number} wants the criterion {criterion!r}; there are {names}"
-            )
 
 
 def distinct(
@@ -320,39 +302,73 @@ def strengths(
         states = job.rt.hidden_states([job.frame.messages(item.text) for item in sample[:NORM_SAMPLE]])
         norms = health.residual_norms(states)
         facts: dict[str, Any] = {"residual_norms": norms}
-        profile = residual_profile([norms[i] for i in job.layers], config.pairs.unit)
-        norm = fmean(norms[i] for i in job.layers)
-        if config.calibration is None:
-            unit = norm if config.pairs.unit == "dose" else 1.0
+        if config.calibrates:
+            made, facts["calibration"] = _calibrated(job, sample, direction_set, norms)
+        else:
+            [layers] = job.bands.values()
+            band = [norms[i] for i in layers]
+            unit = fmean(band) if config.pairs.unit == "dose" else 1.0
             positive, negative = (
                 {name: unit * value for name, value in by_criterion.items()}
                 for by_criterion in given_strengths(config.pairs, direction_set.names)
             )
-        else:
-            rungs = calibrate.climb(
-                job.rt,
-                job.frame,
-                _with_criteria(job, sample[: config.calibration.instructions], direction_set),
-                direction_set,
-                config.resolved_criteria(),
-                job.layers,
-                profile,
-                norm,
-                config.calibration.doses,
-                config.pairs,
-                job.eos,
-                config.seed,
-            )
-            calibration = calibrate.choose(rungs)
-            positive = dict.fromkeys(direction_set.names, calibration.positive.gamma)
-            negative = dict.fromkeys(direction_set.names, calibration.negative.gamma)
-            facts["calibration"] = calibration.to_dict()
-        made = Strengths(positive, negative, job.layers, profile)
-        facts |= {**dataclasses.asdict(made), "dose": health.doses(made, norms, direction_set)}
+            made = Strengths(positive, negative, layers, residual_profile(band, config.pairs.unit))
+        facts |= {
+            "positive": dict(made.positive),
+            "negative": dict(made.negative),
+            "layers": list(made.layers),
+            "profile": list(made.profile),
+            "dose": health.doses(made, norms, direction_set),
+        }
         artifact = job.write(name, {path: to_json(facts)}, inputs=[directions], facts=facts)
     job.watch("strengths", 1, 1)
     facts = dict(artifact.facts)
     return artifact, Strengths(facts["positive"], facts["negative"], tuple(facts["layers"]), tuple(facts["profile"]))
+
+
+def _calibrated(
+    job: Job, sample: Sequence[Instruction], direction_set: DirectionSet, norms: Sequence[float]
+) -> tuple[Strengths, dict[str, Any]]:
+    """The strengths that a calibration chooses, and what it has to say about them."""
+    config = job.config.calibration
+    assert config is not None
+    items = _with_criteria(job, sample[: config.instructions], direction_set)
+    judge = _quality(job, items)
+    ladders = calibrate.climb(
+        job.rt, job.frame, items, direction_set, job.bands, norms, judge, config, job.config.pairs, job.eos,
+        job.config.seed,
+    )  # fmt: skip
+    rule = calibrate.Rule.of(config)
+    choices = [calibrate.choose(ladder, rule, job.config.seed) for ladder in ladders]
+    chosen = calibrate.best(choices, rule)
+    by_name = dict.fromkeys(direction_set.names, chosen)
+    if config.per_criterion:
+        by_name = calibrate.per_criterion(chosen, items, direction_set.names, rule, job.config.seed)
+    made = Strengths(
+        {name: choice.positive.gamma for name, choice in by_name.items()},
+        {name: choice.negative.gamma for name, choice in by_name.items()},
+        chosen.ladder.layers,
+        chosen.ladder.profile,
+    )
+    facts = {
+        "quality": config.judge or config.quality,
+        "instructions": len(items),
+        **chosen.to_dict(),
+        "bands": [choice.to_dict() for choice in choices],
+        "per_criterion": {n: choice.to_dict() for n, choice in by_name.items()} if config.per_criterion else {},
+    }
+    return made, facts
+
+
+def _quality(job: Job, items: Sequence[Kept]) -> Judge | None:
+    """What says how good the calibration's responses are; None for the projection, which depends on the band."""
+    config = job.config.calibration
+    assert config is not None
+    if config.judge is not None:
+        return load_judge(config.judge, config.label, job.rt.device, "calibration.judge")
+    if config.quality == "projection":
+        return None
+    return quality.agreement(job.rt, job.frame, job.config.resolved_criteria(), [item.criterion for item in items])
 
 
 def _with_criteria(job: Job, sample: Sequence[Instruction], direction_set: DirectionSet) -> list[Kept]:
@@ -412,7 +428,13 @@ def pairs(
     return artifacts
 
 
-def effect(job: Job, directions: Artifact, shards: Sequence[Artifact], direction_set: DirectionSet) -> dict[str, Any]:
+def effect(
+    job: Job,
+    directions: Artifact,
+    shards: Sequence[Artifact],
+    direction_set: DirectionSet,
+    strengths: Strengths,
+) -> dict[str, Any]:
     """What the unsteered model makes of a sample of the pairs, beside responses of its own."""
     name, path, inputs = "effect", "effect.json", [directions, *shards]
     if job.folder.finished(name, inputs) is None:
@@ -424,7 +446,7 @@ def effect(job: Job, directions: Artifact, shards: Sequence[Artifact], direction
             _sampled(job, shards),
             direction_set,
             job.config.resolved_criteria(),
-            job.layers,
+            strengths.layers,
             job.config.pairs,
             job.eos,
             job.config.seed,
