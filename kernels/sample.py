@@ -1,0 +1,398 @@
+"""From logits to tokens in two launches, without sorting the vocabulary.
+
+1. ``scan_kernel``, a program per row and chunk of the vocabulary. It reads the chunk once and keeps: maximum and sum of
+   exp of the raw logits (for the log-probability); the best token of the chunk, greedy or by the race
+   argmax(score - log E), which is argmin(E / p) without needing p's denominator. For a row with top_k, top_p or min_p
+   it runs no race, and writes maximum and mass of every block of 64 tokens instead.
+2. ``choose_kernel``, a program per row. It reduces the chunks and advances the row's state. Where the row filters, it
+   first finds the threshold. The blocks' maxima and masses bound it from below (k blocks with a maximum of at least t
+   hold k tokens of at least t; likewise for the mass), so only the blocks that reach the bound are read again: some ten
+   of 2004 where the distribution is peaked, all where it is flat. A bisection over them, on values, snaps both ends of
+   its bracket to scores that exist, and so ends exactly. Then it runs the race over the blocks that reach the threshold.
+
+Bytes per row of V logits of b bytes: V·b, plus V with a repetition penalty, plus 9 per block and what is read again
+where it filters; the rest is some 24 bytes per chunk. Llama-3-8B's vocabulary in bf16, on an H100 at 3.35 TB/s: 0.5 MB
+for 2 rows, 0.15 µs of traffic, so launch and latency decide (predicted: 4 µs and 3 µs; with a filter 15 µs, 150 µs
+where it keeps most of a flat distribution, which one program then reads some 15 times); 66 MB for 256 rows, 20 µs of
+traffic, but some 50 instructions per token for the race, so 60 µs are predicted, and 15 µs less when greedy.
+
+Sums are taken in an order that depends on shapes alone: the same logits give the same bytes. Against the reference,
+which races in fp64, another token can win only where two are as close as rounding; see tests/interpret/test_sample.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from icon2_rt.kernels.budget import Budget
+from icon2_rt.kernels.philox import gumbel, philox
+
+SCAN = Budget(registers=128, shared=8192, narrow_loads=32)
+CHOOSE = Budget(registers=128, shared=32768, narrow_loads=96)
+
+CHUNK = 2048  # tokens of one program of the scan: 126 programs for 2 rows of 128k
+BLOCK = 64  # tokens whose maximum and mass are kept, and which are read again together
+TILE = 64  # blocks that are read at a time
+MAX_BLOCKS = 4096  # of a row, held in registers by one program; a larger vocabulary has larger blocks
+
+_NONE: tl.constexpr = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _finite(maximum):
+    """A maximum to be subtracted: 0 where there is nothing but -inf, so that exp(-inf - maximum) is 0, not NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _best(keys, tokens):
+    """The highest key and its token, the lowest of equal ones (``_NONE`` where every key is NaN)."""
+    keys, tokens = tl.ravel(keys), tl.ravel(tokens)
+    key = tl.max(keys, 0)
+    return key, tl.min(tl.where(keys == key, tokens, _NONE), 0)
+
+
+@triton.jit
+def _settings(row, vocab, sampled, temperature, top_k, top_p, min_p):
+    """Does the row draw; its temperature, top_k, top_p and min_p, neutral where it does not."""
+    draws = tl.load(sampled + row) != 0
+    t = tl.full((), 1.0, tl.float32)
+    k = tl.full((), 0, tl.int32) + vocab
+    p = tl.full((), 1.0, tl.float32)
+    least = tl.full((), 0.0, tl.float32)
+    if temperature is not None:
+        t = tl.where(draws, tl.load(temperature + row), t)
+    if top_k is not None:
+        k = tl.where(draws, tl.minimum(tl.load(top_k + row), k), k)
+    if top_p is not None:
+        p = tl.where(draws, tl.load(top_p + row), p)
+    if min_p is not None:
+        least = tl.where(draws, tl.load(min_p + row), least)
+    return draws, t, k, p, least
+
+
+@triton.jit
+def _is_early(row, index, min_tokens):
+    if min_tokens is not None:
+        return index < tl.load(min_tokens + row)
+    else:
+        return index < 0
+
+
+@triton.jit
+def _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t):
+    """Repetition penalty, no early eos, temperature. Divisions are IEEE's, as the reference's: equal stays equal."""
+    scores = raw
+    if seen is not None:
+        penalty = tl.load(penalties + row)
+        if penalty != 1.0:
+            known = tl.load(seen + row * seen_stride + tokens, mask=inside, other=0) != 0
+            scores = tl.where(known, tl.where(raw < 0, raw * penalty, tl.div_rn(raw, penalty)), raw)
+    if early:
+        for place in range(n_eos):
+            scores = tl.where(tokens == tl.load(eos + row * n_eos + place), float("-inf"), scores)
+    if t != 1.0:
+        scores = tl.div_rn(scores, t)
+    return scores
+
+
+@triton.jit
+def _race(scores, first, top, index, row, seeds, BLOCK: tl.constexpr):
+    """score - top - log E and the token of the best of every four in ``scores [n, BLOCK]``, rows beginning at ``first``.
+
+    Four tokens share a Philox block, so the scores are split by token & 3 instead of computing every block four times.
+    """
+    seed0 = tl.load(seeds + 2 * row).to(tl.uint32)
+    seed1 = tl.load(seeds + 2 * row + 1).to(tl.uint32)
+    zero = tl.full((), 0, tl.uint32)
+    even, odd = tl.split(tl.reshape(scores, (scores.shape[0], BLOCK // 4, 2, 2)))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    token = first[:, None] + 4 * tl.arange(0, BLOCK // 4)[None, :]
+    w0, w1, w2, w3 = philox((token >> 2).to(tl.uint32), index.to(tl.uint32), zero, zero, seed0, seed1)
+    key0, key1 = (s0 - top) + gumbel(w0), (s1 - top) + gumbel(w1)
+    key2, key3 = (s2 - top) + gumbel(w2), (s3 - top) + gumbel(w3)
+    # A later token wins only where it is higher, as in argmin.
+    first_half, second_half = tl.maximum(key0, key1), tl.maximum(key2, key3)
+    step = tl.where(
+        second_half > first_half, tl.where(key3 > key2, 3, 2), tl.where(key1 > key0, 1, 0)
+    )
+    return tl.maximum(first_half, second_half), token + step
+
+
+@triton.jit
+def scan_kernel(
+    logits, row_stride, vocab, running, generated, sampled, seeds, temperature, top_k, top_p, min_p,
+    penalties, seen, seen_stride, eos, n_eos, min_tokens,
+    raw_max, raw_sum, top, best, winner, block_top, block_mass, n_blocks,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
+    if tl.load(running + row) == 0:
+        return
+    blocks = chunk * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
+    tokens = (blocks * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    inside = tokens < vocab
+    raw = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+    highest = tl.max(tl.ravel(raw), 0)
+    total = tl.sum(tl.ravel(tl.exp(raw - _finite(highest))), 0)
+    at = row * tl.num_programs(0) + chunk
+    tl.store(raw_max + at, highest)
+    tl.store(raw_sum + at, total)
+
+    index = tl.load(generated + row)
+    early = _is_early(row, index, min_tokens)
+    key = tl.full((), 0.0, tl.float32)
+    if sampled is None:
+        scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, 1.0)
+        chunk_top, token = _best(scores, tokens)
+    else:
+        draws, t, k, p, least = _settings(row, vocab, sampled, temperature, top_k, top_p, min_p)
+        scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
+        chunk_top, token = _best(scores, tokens)
+        if (k < vocab) | (p < 1.0) | (least > 0.0):
+            tops = tl.max(scores, 1)
+            mass = tl.sum(tl.exp(scores - _finite(tops)[:, None]), 1)
+            tl.store(block_top + row * n_blocks + blocks, tops, mask=blocks < n_blocks)
+            tl.store(block_mass + row * n_blocks + blocks, mass, mask=blocks < n_blocks)
+        elif draws:
+            keys, candidates = _race(scores, blocks * BLOCK, _finite(chunk_top), index, row, seeds, BLOCK)
+            key, token = _best(keys, candidates)
+    tl.store(top + at, chunk_top)
+    tl.store(best + at, key)
+    tl.store(winner + at, token)
+
+
+@triton.jit
+def _list(chosen, blocks, listed):
+    """Writes the chosen of ``blocks`` one after another; returns how many they are."""
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.debug_barrier()  # what was listed before has been read by all warps
+    tl.store(listed + place, blocks, mask=chosen)
+    tl.debug_barrier()
+    return tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def _listed_tokens(start, n_listed, listed, vocab, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The tokens of the listed blocks number start … start + TILE, ``[TILE, BLOCK]``, and which of them exist."""
+    place = start + tl.arange(0, TILE)
+    first = tl.load(listed + place, mask=place < n_listed, other=0) * BLOCK
+    tokens = first[:, None] + tl.arange(0, BLOCK)[None, :]
+    return first, tokens, (tokens < vocab) & (place < n_listed)[:, None]
+
+
+@triton.jit
+def _ordered(x):
+    """The int32 that is ordered as the fp32 x; its own inverse but for the type."""
+    return x ^ ((x >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _between(low, high, rounds):
+    """A value in [low, high): the mean; after 24 rounds that of the bit patterns, which is through in 32 more."""
+    mean = 0.5 * low + 0.5 * high
+    a, b = _ordered(low.to(tl.int32, bitcast=True)), _ordered(high.to(tl.int32, bitcast=True))
+    image = _ordered((a >> 1) + (b >> 1) + (a & b & 1)).to(tl.float32, bitcast=True)
+    mid = tl.where(rounds < 24, mean, image)
+    return tl.where((mid >= low) & (mid < high), mid, low)
+
+
+@triton.jit
+def _threshold(
+    low, high, k, mass, top, row, logits, vocab, penalties, seen, seen_stride, early, eos, n_eos, t, listed, n_listed,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The least score that fewer than k scores and less than ``mass`` exceed; it lies in [low, high], high is a score.
+
+    A round counts what lies above some value between them, and moves one end to the next score on its side.
+    """
+    rounds = 0
+    while low < high:
+        mid = _between(low, high, rounds)
+        rounds += 1
+        count = tl.zeros((TILE, BLOCK), tl.int32)
+        masses = tl.zeros((TILE, BLOCK), tl.float32)
+        above = tl.full((TILE, BLOCK), float("inf"), tl.float32)
+        below = tl.full((TILE, BLOCK), float("-inf"), tl.float32)
+        for start in range(0, n_listed, TILE):
+            _, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
+            raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+            scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
+            higher = scores > mid
+            count += higher.to(tl.int32)
+            masses += tl.where(higher, tl.exp(scores - top), 0.0)
+            above = tl.minimum(above, tl.where(higher, scores, float("inf")))
+            below = tl.maximum(below, tl.where(higher, float("-inf"), scores))
+        keeps = (tl.sum(tl.ravel(count), 0) < k) & (tl.sum(tl.ravel(masses), 0) < mass)
+        next_above, next_below = tl.min(tl.ravel(above), 0), tl.max(tl.ravel(below), 0)
+        low = tl.where(keeps, low, next_above)
+        high = tl.where(keeps, next_below, high)
+    return low
+
+
+@triton.jit
+def _bound(tops, mass, vocab, k, p, top, whole, BLOCK: tl.constexpr):
+    """A value that the threshold is not below, from the blocks' maxima and masses (as shares of exp(top)).
+
+    With top_k: as many blocks reach it as tokens are to be kept. With top_p alone: blocks that reach it have more than
+    p of the mass even if all their other tokens lie just below it.
+    """
+    sure = tl.full((), float("-inf"), tl.float32)
+    low, high = tl.min(tl.where(tops > float("-inf"), tops, top), 0), top
+    peaks = tl.exp(tops - top)
+    # The sums of the search have another order: a bound within their rounding is none.
+    enough = tl.where(k < vocab, k.to(tl.float32), p * whole * 1.0001)
+    for _ in range(14):
+        mid = 0.5 * low + 0.5 * high
+        certain = tl.maximum(peaks, mass - (BLOCK - 1) * tl.exp(mid - top))
+        held = tl.sum(tl.where(tops >= mid, tl.where(k < vocab, 1.0, certain), 0.0), 0)
+        sure = tl.where(held >= enough, mid, sure)
+        low, high = tl.where(held >= enough, mid, low), tl.where(held >= enough, high, mid)
+    return sure
+
+
+@triton.jit
+def _filtered(
+    top, k, p, least, index, row, logits, vocab, seeds, penalties, seen, seen_stride, early, eos, n_eos, t,
+    block_top, block_mass, listed, n_blocks,
+    BLOCKS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The winner among the tokens that top_k, top_p and min_p leave."""
+    blocks = tl.arange(0, BLOCKS)
+    exists = blocks < n_blocks
+    tops = tl.load(block_top + row * n_blocks + blocks, mask=exists, other=float("-inf"))
+    threshold = tl.full((), float("-inf"), tl.float32)
+    if (k < vocab) | (p < 1.0):
+        mass = tl.load(block_mass + row * n_blocks + blocks, mask=exists, other=0.0) * tl.exp(tops - top)
+        whole = tl.sum(mass, 0)
+        threshold = _bound(tops, mass, vocab, k, p, top, whole, BLOCK)
+        n_listed = _list(exists & (tops >= threshold), blocks, listed)
+        if k < vocab:
+            threshold = _threshold(
+                threshold, top, k, float("inf"), top, row, logits, vocab, penalties, seen, seen_stride, early, eos,
+                n_eos, t, listed, n_listed, TILE, BLOCK,
+            )  # fmt: skip
+            if p < 1.0:
+                masses = tl.zeros((TILE, BLOCK), tl.float32)
+                for start in range(0, n_listed, TILE):
+                    _, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
+                    raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+                    scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
+                    masses += tl.where(scores >= threshold, tl.exp(scores - top), 0.0)
+                whole = tl.sum(tl.ravel(masses), 0)
+        if p < 1.0:
+            threshold = _threshold(
+                threshold, top, vocab, p * whole, top, row, logits, vocab, penalties, seen, seen_stride, early, eos,
+                n_eos, t, listed, n_listed, TILE, BLOCK,
+            )  # fmt: skip
+    n_listed = _list(exists & (tops >= threshold) & (tl.exp(tops - top) >= least), blocks, listed)
+    best = tl.full((TILE, BLOCK // 4), float("-inf"), tl.float32)
+    candidates = tl.full((TILE, BLOCK // 4), _NONE, tl.int32)
+    for start in range(0, n_listed, TILE):
+        first, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
+        raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+        scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
+        stays = (scores >= threshold) & (tl.exp(scores - top) >= least)
+        keys, lanes = _race(tl.where(stays, scores, float("-inf")), first, top, index, row, seeds, BLOCK)
+        candidates = tl.where(keys > best, lanes, candidates)
+        best = tl.maximum(keys, best)
+    _, token = _best(best, candidates)
+    return token
+
+
+@triton.jit
+def choose_kernel(
+    logits, row_stride, vocab, fed, positions, generated, running, logprobs,
+    sampled, seeds, temperature, top_k, top_p, min_p, penalties, seen, seen_stride, eos, n_eos, min_tokens, budget,
+    raw_max, raw_sum, top, best, winner, n_chunks, block_top, block_mass, listed, n_blocks,
+    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, EOS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(running + row) == 0:
+        return
+    index = tl.load(generated + row)
+    chunks = tl.arange(0, CHUNKS)
+    at, exists = row * n_chunks + chunks, chunks < n_chunks
+    maxima = tl.load(raw_max + at, mask=exists, other=float("-inf"))
+    highest = _finite(tl.max(maxima, 0))
+    sums = tl.load(raw_sum + at, mask=exists, other=0.0) * tl.exp(maxima - highest)
+    log_total = highest + tl.log(tl.sum(sums, 0))
+    tops = tl.load(top + at, mask=exists, other=float("-inf"))
+    peak = tl.max(tops, 0)
+    keys = (tops - _finite(peak)) + tl.load(best + at, mask=exists, other=float("-inf"))
+    _, token = _best(keys, tl.load(winner + at, mask=exists, other=_NONE))
+    if listed is not None:
+        draws, t, k, p, least = _settings(row, vocab, sampled, temperature, top_k, top_p, min_p)
+        filters = (k < vocab) | (p < 1.0) | (least > 0.0)
+        # Nothing can be weighed in a row that is not finite: it keeps its highest token, and its NaN says so.
+        if filters & (tl.abs(log_total) < float("inf")) & (tl.abs(peak) < float("inf")):
+            early = _is_early(row, index, min_tokens)
+            token = _filtered(
+                peak, k, p, least, index, row, logits + row * row_stride, vocab, seeds, penalties, seen, seen_stride,
+                early, eos, n_eos, t, block_top, block_mass, listed + row * n_blocks, n_blocks, BLOCKS, TILE, BLOCK,
+            )  # fmt: skip
+    token = tl.minimum(token, vocab - 1)
+    logprob = tl.load(logits + row * row_stride + token).to(tl.float32) - log_total
+    places = tl.arange(0, EOS)
+    ends = tl.load(eos + row * n_eos + places, mask=places < n_eos, other=-1) == token
+    goes_on = (tl.max(ends.to(tl.int32), 0) == 0) & (index + 1 < tl.load(budget + row))
+    position = tl.load(positions + row)
+    tl.debug_barrier()  # every warp has read the row's state before one of them changes it
+    tl.store(fed + row, token.to(tl.int64))
+    tl.store(logprobs + row, logprob)
+    tl.store(positions + row, position + 1)
+    tl.store(generated + row, index + 1)
+    tl.store(running + row, goes_on)
+    if seen is not None:
+        tl.store(seen + row * seen_stride + token, True)
+
+
+def sample(logits: Tensor, how: Any, state: Any) -> None:
+    """See :func:`icon2_rt.ops.sample`. The last dimension of every tensor is contiguous, ``how`` and ``state`` all are.
+
+    A row that does not run keeps all it has. A row whose logits are not finite gets a valid token and the
+    log-probability NaN.
+    """
+    rows, vocab = logits.shape
+    if rows == 0:
+        return
+    block = BLOCK
+    while triton.cdiv(vocab, block) > MAX_BLOCKS:
+        block *= 2
+    chunk, tile = max(CHUNK, block), max(1, TILE * BLOCK // block)
+    n_chunks, n_blocks = triton.cdiv(vocab, chunk), triton.cdiv(vocab, block)
+    filters = how.sampled is not None and any(f is not None for f in (how.top_k, how.top_p, how.min_p))
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    raw_max, raw_sum, top, best = (scratch(rows, n_chunks) for _ in range(4))
+    winner = scratch(rows, n_chunks, dtype=torch.int32)
+    block_top = block_mass = listed = None
+    if filters:
+        block_top, block_mass = scratch(rows, n_blocks), scratch(rows, n_blocks)
+        listed = scratch(rows, n_blocks, dtype=torch.int32)
+    penalties, seen = (None, None) if how.seen is None else (how.repetition_penalty, how.seen)
+    seen_stride = 0 if seen is None else seen.stride(0)
+    n_eos = how.eos.shape[1]
+    settings = (how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p)
+    scan_kernel[(n_chunks, rows)](
+        logits, logits.stride(0), vocab, state.running, state.generated, *settings,
+        penalties, seen, seen_stride, how.eos, n_eos, how.min_tokens,
+        raw_max, raw_sum, top, best, winner, block_top, block_mass, n_blocks,
+        CHUNK=chunk, BLOCK=block, num_warps=4, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    choose_kernel[(rows,)](
+        logits, logits.stride(0), vocab, state.tokens, state.positions, state.generated, state.running, state.logprobs,
+        *settings, penalties, seen, seen_stride, how.eos, n_eos, how.min_tokens, how.budget,
+        raw_max, raw_sum, top, best, winner, n_chunks, block_top, block_mass, listed, n_blocks,
+        CHUNKS=triton.next_power_of_2(n_chunks), BLOCKS=triton.next_power_of_2(n_blocks), TILE=tile, BLOCK=block,
+        EOS=triton.next_power_of_2(n_eos), num_warps=16 if filters else 1, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
