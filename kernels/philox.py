@@ -25,20 +25,24 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def gumbel(x):
-    """-log(E) of words x, for E = -log1p(-u) and u = (x + ½)·2⁻³², in fp32.
+def exponential(x):
+    """E = -log1p(-u) of words x, for u = (x + ½)·2⁻³², in fp32 with a relative error of at most 3e-7.
 
-    Neither u nor 1 - u may lose digits before its logarithm is taken. Below u = ¼ the inner one is a polynomial
-    (-log1p(-u)/u, relative error 7e-8 in fp32), which keeps the small draws, the winners; above, 1 - u is made from
-    the word's complement, which keeps the largest draws, and lg2's absolute error of 2⁻²² is relative as well.
+    The logarithm is that of (1 + f)·2ᵉ = 1 - u with 1 + f in [¾, 1½). Where u < ¼, e is 0 and f is -u, which keeps the
+    digits of the smallest draws, the winners; elsewhere 1 - u is made from the word's complement, which keeps those of
+    the largest. The polynomial is log1p(f)/f, relative error 3e-8 before rounding.
     """
-    u = (x.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = ((x ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    series = tl.fma(u, 0.33257493, 0.090515616)
-    series = tl.fma(u, series, 0.21397438)
-    series = tl.fma(u, series, 0.24872594)
-    series = tl.fma(u, series, 0.33338768)
-    series = tl.fma(u, series, 0.49999914)
-    series = tl.fma(u, series, 1.0)
-    e = tl.where(x < 0x40000000, u * series, -0.6931471805599453 * tl.log2(rest))
-    return -0.6931471805599453 * tl.log2(e)
+    bits = rest.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F400000) >> 23
+    scaled = (bits - (e << 23)).to(tl.float32, bitcast=True)
+    f = tl.where(x < 0x40000000, (x.to(tl.float32) + 0.5) * -2.3283064365386963e-10, scaled - 1.0)
+    series = tl.fma(f, 0.054132495, -0.12067372)
+    series = tl.fma(f, series, 0.14983919)
+    series = tl.fma(f, series, -0.16822812)
+    series = tl.fma(f, series, 0.19977078)
+    series = tl.fma(f, series, -0.24993442)
+    series = tl.fma(f, series, 0.3333355)
+    series = tl.fma(f, series, -0.5000006)
+    series = tl.fma(f, series, 1.0)
+    return tl.fma(e.to(tl.float32), -0.6931471805599453, -f * series)

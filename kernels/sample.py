@@ -2,7 +2,7 @@
 
 1. ``scan_kernel``, a program per row and chunk of the vocabulary. It reads the chunk once and keeps: maximum and sum of
    exp of the raw logits (for the log-probability); the best token of the chunk, greedy or by the race
-   argmax(score - log E), which is argmin(E / p) without needing p's denominator. For a row with top_k, top_p or min_p
+   argmin(E·exp(-score)), which is argmin(E / p) without p's denominator. For a row with top_k, top_p or min_p
    it runs no race, and writes maximum and mass of every block of 64 tokens instead.
 2. ``choose_kernel``, a program per row. It reduces the chunks and advances the row's state. Where the row filters, it
    first finds the threshold. The blocks' maxima and masses bound it from below (k blocks with a maximum of at least t
@@ -30,14 +30,14 @@ import triton.language as tl
 from torch import Tensor
 
 from icon2_rt.kernels.budget import Budget
-from icon2_rt.kernels.philox import gumbel, philox
+from icon2_rt.kernels.philox import exponential, philox
 
 SCAN = Budget(registers=128, shared=8192, narrow_loads=32)
 CHOOSE = Budget(registers=128, shared=32768, narrow_loads=96)
 
 CHUNK = 2048  # tokens of one program of the scan: 126 programs for 2 rows of 128k
 BLOCK = 64  # tokens whose maximum and mass are kept, and which are read again together
-TILE = 64  # blocks that are read at a time
+TILE = 32  # blocks that are read at a time
 MAX_BLOCKS = 4096  # of a row, held in registers by one program; a larger vocabulary has larger blocks
 
 _NONE: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -50,10 +50,18 @@ def _finite(maximum):
 
 
 @triton.jit
-def _best(keys, tokens):
-    """The highest key and its token, the lowest of equal ones (``_NONE`` where every key is NaN)."""
+def _highest(scores, tokens):
+    """The highest score and its token, the first of equal ones (``_NONE`` where every score is NaN)."""
+    scores, tokens = tl.ravel(scores), tl.ravel(tokens)
+    top = tl.max(scores, 0)
+    return top, tl.min(tl.where(scores == top, tokens, _NONE), 0)
+
+
+@triton.jit
+def _lowest(keys, tokens):
+    """The lowest key and its token, the first of equal ones (``_NONE`` where every key is NaN)."""
     keys, tokens = tl.ravel(keys), tl.ravel(tokens)
-    key = tl.max(keys, 0)
+    key = tl.min(keys, 0)
     return key, tl.min(tl.where(keys == key, tokens, _NONE), 0)
 
 
@@ -80,8 +88,7 @@ def _settings(row, vocab, sampled, temperature, top_k, top_p, min_p):
 def _is_early(row, index, min_tokens):
     if min_tokens is not None:
         return index < tl.load(min_tokens + row)
-    else:
-        return index < 0
+    return index < 0
 
 
 @triton.jit
@@ -103,7 +110,7 @@ def _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos,
 
 @triton.jit
 def _race(scores, first, top, index, row, seeds, BLOCK: tl.constexpr):
-    """score - top - log E and the token of the best of every four in ``scores [n, BLOCK]``, rows beginning at ``first``.
+    """E·exp(top - score), the lowest of every four in ``scores [n, BLOCK]``, and its token; rows begin at ``first``.
 
     Four tokens share a Philox block, so the scores are split by token & 3 instead of computing every block four times.
     """
@@ -115,14 +122,12 @@ def _race(scores, first, top, index, row, seeds, BLOCK: tl.constexpr):
     s1, s3 = tl.split(odd)
     token = first[:, None] + 4 * tl.arange(0, BLOCK // 4)[None, :]
     w0, w1, w2, w3 = philox((token >> 2).to(tl.uint32), index.to(tl.uint32), zero, zero, seed0, seed1)
-    key0, key1 = (s0 - top) + gumbel(w0), (s1 - top) + gumbel(w1)
-    key2, key3 = (s2 - top) + gumbel(w2), (s3 - top) + gumbel(w3)
-    # A later token wins only where it is higher, as in argmin.
-    first_half, second_half = tl.maximum(key0, key1), tl.maximum(key2, key3)
-    step = tl.where(
-        second_half > first_half, tl.where(key3 > key2, 3, 2), tl.where(key1 > key0, 1, 0)
-    )
-    return tl.maximum(first_half, second_half), token + step
+    key0, key1 = exponential(w0) * tl.exp(top - s0), exponential(w1) * tl.exp(top - s1)
+    key2, key3 = exponential(w2) * tl.exp(top - s2), exponential(w3) * tl.exp(top - s3)
+    # Of equal keys the first token wins, as in argmin.
+    half0, half1 = tl.minimum(key0, key1), tl.minimum(key2, key3)
+    step = tl.where(half1 < half0, tl.where(key3 < key2, 3, 2), tl.where(key1 < key0, 1, 0))
+    return tl.minimum(half0, half1), token + step
 
 
 @triton.jit
@@ -148,22 +153,26 @@ def scan_kernel(
 
     index = tl.load(generated + row)
     early = _is_early(row, index, min_tokens)
-    key = tl.full((), 0.0, tl.float32)
+    key = tl.full((), 1.0, tl.float32)
     if sampled is None:
         scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, 1.0)
-        chunk_top, token = _best(scores, tokens)
+        chunk_top, token = _highest(scores, tokens)
     else:
         draws, t, k, p, least = _settings(row, vocab, sampled, temperature, top_k, top_p, min_p)
         scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
-        chunk_top, token = _best(scores, tokens)
-        if (k < vocab) | (p < 1.0) | (least > 0.0):
-            tops = tl.max(scores, 1)
-            mass = tl.sum(tl.exp(scores - _finite(tops)[:, None]), 1)
-            tl.store(block_top + row * n_blocks + blocks, tops, mask=blocks < n_blocks)
-            tl.store(block_mass + row * n_blocks + blocks, mass, mask=blocks < n_blocks)
-        elif draws:
+        chunk_top, token = _highest(scores, tokens)
+        races = draws
+        if block_top is not None:
+            filters = (k < vocab) | (p < 1.0) | (least > 0.0)
+            races = draws & ~filters
+            if filters:
+                tops = tl.max(scores, 1)
+                mass = tl.sum(tl.exp(scores - _finite(tops)[:, None]), 1)
+                tl.store(block_top + row * n_blocks + blocks, tops, mask=blocks < n_blocks)
+                tl.store(block_mass + row * n_blocks + blocks, mass, mask=blocks < n_blocks)
+        if races:
             keys, candidates = _race(scores, blocks * BLOCK, _finite(chunk_top), index, row, seeds, BLOCK)
-            key, token = _best(keys, candidates)
+            key, token = _lowest(keys, candidates)
     tl.store(top + at, chunk_top)
     tl.store(best + at, key)
     tl.store(winner + at, token)
@@ -205,39 +214,6 @@ def _between(low, high, rounds):
 
 
 @triton.jit
-def _threshold(
-    low, high, k, mass, top, row, logits, vocab, penalties, seen, seen_stride, early, eos, n_eos, t, listed, n_listed,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The least score that fewer than k scores and less than ``mass`` exceed; it lies in [low, high], high is a score.
-
-    A round counts what lies above some value between them, and moves one end to the next score on its side.
-    """
-    rounds = 0
-    while low < high:
-        mid = _between(low, high, rounds)
-        rounds += 1
-        count = tl.zeros((TILE, BLOCK), tl.int32)
-        masses = tl.zeros((TILE, BLOCK), tl.float32)
-        above = tl.full((TILE, BLOCK), float("inf"), tl.float32)
-        below = tl.full((TILE, BLOCK), float("-inf"), tl.float32)
-        for start in range(0, n_listed, TILE):
-            _, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
-            raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
-            scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
-            higher = scores > mid
-            count += higher.to(tl.int32)
-            masses += tl.where(higher, tl.exp(scores - top), 0.0)
-            above = tl.minimum(above, tl.where(higher, scores, float("inf")))
-            below = tl.maximum(below, tl.where(higher, float("-inf"), scores))
-        keeps = (tl.sum(tl.ravel(count), 0) < k) & (tl.sum(tl.ravel(masses), 0) < mass)
-        next_above, next_below = tl.min(tl.ravel(above), 0), tl.max(tl.ravel(below), 0)
-        low = tl.where(keeps, low, next_above)
-        high = tl.where(keeps, next_below, high)
-    return low
-
-
-@triton.jit
 def _bound(tops, mass, vocab, k, p, top, whole, BLOCK: tl.constexpr):
     """A value that the threshold is not below, from the blocks' maxima and masses (as shares of exp(top)).
 
@@ -268,42 +244,56 @@ def _filtered(
     blocks = tl.arange(0, BLOCKS)
     exists = blocks < n_blocks
     tops = tl.load(block_top + row * n_blocks + blocks, mask=exists, other=float("-inf"))
-    threshold = tl.full((), float("-inf"), tl.float32)
+    low = tl.full((), float("-inf"), tl.float32)
     if (k < vocab) | (p < 1.0):
         mass = tl.load(block_mass + row * n_blocks + blocks, mask=exists, other=0.0) * tl.exp(tops - top)
         whole = tl.sum(mass, 0)
-        threshold = _bound(tops, mass, vocab, k, p, top, whole, BLOCK)
-        n_listed = _list(exists & (tops >= threshold), blocks, listed)
-        if k < vocab:
-            threshold = _threshold(
-                threshold, top, k, float("inf"), top, row, logits, vocab, penalties, seen, seen_stride, early, eos,
-                n_eos, t, listed, n_listed, TILE, BLOCK,
-            )  # fmt: skip
-            if p < 1.0:
-                masses = tl.zeros((TILE, BLOCK), tl.float32)
-                for start in range(0, n_listed, TILE):
-                    _, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
-                    raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
-                    scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
-                    masses += tl.where(scores >= threshold, tl.exp(scores - top), 0.0)
-                whole = tl.sum(tl.ravel(masses), 0)
-        if p < 1.0:
-            threshold = _threshold(
-                threshold, top, vocab, p * whole, top, row, logits, vocab, penalties, seen, seen_stride, early, eos,
-                n_eos, t, listed, n_listed, TILE, BLOCK,
-            )  # fmt: skip
-    n_listed = _list(exists & (tops >= threshold) & (tl.exp(tops - top) >= least), blocks, listed)
-    best = tl.full((TILE, BLOCK // 4), float("-inf"), tl.float32)
+        low = _bound(tops, mass, vocab, k, p, top, whole, BLOCK)
+        n_listed = _list(exists & (tops >= low), blocks, listed)
+        # The threshold of top_k is the least score that fewer than k exceed, top_p's the least that less than p of the
+        # mass exceeds; both lie in [low, high]. A round looks at what is above a value between the two, and moves one
+        # of them to the next score on its side. Phase 0 is top_k, 2 is top_p, and 1 weighs what top_k has left.
+        phase = tl.where(k < vocab, 0, 2)
+        high, rounds = top, 0
+        searching = low < high
+        while searching:
+            weighs = phase == 1
+            mid = tl.where(weighs, low, _between(low, high, rounds))
+            counts = tl.zeros((TILE, BLOCK), tl.int32)
+            masses = tl.zeros((TILE, BLOCK), tl.float32)
+            above = tl.full((TILE, BLOCK), float("inf"), tl.float32)
+            below = tl.full((TILE, BLOCK), float("-inf"), tl.float32)
+            for start in range(0, n_listed, TILE):
+                _, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
+                raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+                scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
+                higher = (scores > mid) | (weighs & (scores == mid))
+                counts += higher.to(tl.int32)
+                masses += tl.where(higher, tl.exp(scores - top), 0.0)
+                above = tl.minimum(above, tl.where(higher, scores, float("inf")))
+                below = tl.maximum(below, tl.where(higher, float("-inf"), scores))
+            count, held = tl.sum(tl.ravel(counts), 0), tl.sum(tl.ravel(masses), 0)
+            keeps = tl.where(phase == 0, count < k, held < p * whole)
+            if weighs:
+                whole, high, phase, rounds = held, top, 2, 0
+            else:
+                low = tl.where(keeps, low, tl.min(tl.ravel(above), 0))
+                high = tl.where(keeps, tl.max(tl.ravel(below), 0), high)
+                rounds += 1
+                phase = tl.where((low >= high) & (phase == 0) & (p < 1.0), 1, phase)
+            searching = (low < high) | (phase == 1)
+    n_listed = _list(exists & (tops >= low) & (tl.exp(tops - top) >= least), blocks, listed)
+    best = tl.full((TILE, BLOCK // 4), float("inf"), tl.float32)
     candidates = tl.full((TILE, BLOCK // 4), _NONE, tl.int32)
     for start in range(0, n_listed, TILE):
         first, tokens, inside = _listed_tokens(start, n_listed, listed, vocab, TILE, BLOCK)
         raw = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
         scores = _process(raw, tokens, inside, row, penalties, seen, seen_stride, early, eos, n_eos, t)
-        stays = (scores >= threshold) & (tl.exp(scores - top) >= least)
+        stays = (scores >= low) & (tl.exp(scores - top) >= least)
         keys, lanes = _race(tl.where(stays, scores, float("-inf")), first, top, index, row, seeds, BLOCK)
-        candidates = tl.where(keys > best, lanes, candidates)
-        best = tl.maximum(keys, best)
-    _, token = _best(best, candidates)
+        candidates = tl.where(keys < best, lanes, candidates)
+        best = tl.minimum(keys, best)
+    _, token = _lowest(best, candidates)
     return token
 
 
@@ -325,19 +315,25 @@ def choose_kernel(
     sums = tl.load(raw_sum + at, mask=exists, other=0.0) * tl.exp(maxima - highest)
     log_total = highest + tl.log(tl.sum(sums, 0))
     tops = tl.load(top + at, mask=exists, other=float("-inf"))
-    peak = tl.max(tops, 0)
-    keys = (tops - _finite(peak)) + tl.load(best + at, mask=exists, other=float("-inf"))
-    _, token = _best(keys, tl.load(winner + at, mask=exists, other=_NONE))
-    if listed is not None:
+    winners = tl.load(winner + at, mask=exists, other=_NONE)
+    peak, token = _highest(tops, winners)
+    if sampled is not None:
         draws, t, k, p, least = _settings(row, vocab, sampled, temperature, top_k, top_p, min_p)
-        filters = (k < vocab) | (p < 1.0) | (least > 0.0)
-        # Nothing can be weighed in a row that is not finite: it keeps its highest token, and its NaN says so.
-        if filters & (tl.abs(log_total) < float("inf")) & (tl.abs(peak) < float("inf")):
-            early = _is_early(row, index, min_tokens)
-            token = _filtered(
-                peak, k, p, least, index, row, logits + row * row_stride, vocab, seeds, penalties, seen, seen_stride,
-                early, eos, n_eos, t, block_top, block_mass, listed + row * n_blocks, n_blocks, BLOCKS, TILE, BLOCK,
-            )  # fmt: skip
+        races = draws
+        if listed is not None:
+            filters = (k < vocab) | (p < 1.0) | (least > 0.0)
+            races = draws & ~filters
+            # Nothing can be weighed in a row that is not finite: it keeps its highest token, and its NaN says so.
+            if filters & (tl.abs(log_total) < float("inf")) & (tl.abs(peak) < float("inf")):
+                early = _is_early(row, index, min_tokens)
+                token = _filtered(
+                    peak, k, p, least, index, row, logits + row * row_stride, vocab, seeds, penalties, seen,
+                    seen_stride, early, eos, n_eos, t, block_top, block_mass, listed + row * n_blocks, n_blocks,
+                    BLOCKS, TILE, BLOCK,
+                )  # fmt: skip
+        if races:
+            keys = tl.load(best + at, mask=exists, other=float("inf")) * tl.exp(_finite(peak) - tops)
+            _, token = _lowest(keys, winners)
     token = tl.minimum(token, vocab - 1)
     logprob = tl.load(logits + row * row_stride + token).to(tl.float32) - log_total
     places = tl.arange(0, EOS)
@@ -368,7 +364,8 @@ def sample(logits: Tensor, how: Any, state: Any) -> None:
         block *= 2
     chunk, tile = max(CHUNK, block), max(1, TILE * BLOCK // block)
     n_chunks, n_blocks = triton.cdiv(vocab, chunk), triton.cdiv(vocab, block)
-    filters = how.sampled is not None and any(f is not None for f in (how.top_k, how.top_p, how.min_p))
+    sampled = None if how.seeds is None else how.sampled
+    filters = sampled is not None and any(f is not None for f in (how.top_k, how.top_p, how.min_p))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -382,7 +379,7 @@ def sample(logits: Tensor, how: Any, state: Any) -> None:
     penalties, seen = (None, None) if how.seen is None else (how.repetition_penalty, how.seen)
     seen_stride = 0 if seen is None else seen.stride(0)
     n_eos = how.eos.shape[1]
-    settings = (how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p)
+    settings = (sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p)
     scan_kernel[(n_chunks, rows)](
         logits, logits.stride(0), vocab, state.running, state.generated, *settings,
         penalties, seen, seen_stride, how.eos, n_eos, how.min_tokens,
@@ -394,5 +391,5 @@ def sample(logits: Tensor, how: Any, state: Any) -> None:
         *settings, penalties, seen, seen_stride, how.eos, n_eos, how.min_tokens, how.budget,
         raw_max, raw_sum, top, best, winner, n_chunks, block_top, block_mass, listed, n_blocks,
         CHUNKS=triton.next_power_of_2(n_chunks), BLOCKS=triton.next_power_of_2(n_blocks), TILE=tile, BLOCK=block,
-        EOS=triton.next_power_of_2(n_eos), num_warps=16 if filters else 1, num_stages=1, enable_fp_fusion=False,
+        EOS=triton.next_power_of_2(n_eos), num_warps=8 if filters else 1, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
