@@ -1,23 +1,26 @@
 """From logits to tokens in two launches, without sorting the vocabulary.
 
 1. ``scan_kernel``, a program per row and chunk of the vocabulary. It reads the chunk once and keeps: maximum and sum of
-   exp of the raw logits (for the log-probability); the best token of the chunk, greedy or by the race
-   argmin(E·exp(-score)), which is argmin(E / p) without p's denominator. For a row with top_k, top_p or min_p
-   it runs no race, and writes maximum and mass of every block of 64 tokens instead.
+   exp of the raw logits, for the log-probability; the best token of the chunk, greedy or by the race argmin(E / p),
+   which is argmin(E·exp(-score)). For a row with top_k, top_p or min_p it runs no race and keeps maximum and mass of
+   every block of 64 tokens instead (128 where the vocabulary has more than 131072).
 2. ``choose_kernel``, a program per row. It reduces the chunks and advances the row's state. Where the row filters, it
-   first finds the threshold. The blocks' maxima and masses bound it from below (k blocks with a maximum of at least t
-   hold k tokens of at least t; likewise for the mass), so only the blocks that reach the bound are read again: some ten
-   of 2004 where the distribution is peaked, all where it is flat. A bisection over them, on values, snaps both ends of
-   its bracket to scores that exist, and so ends exactly. Then it runs the race over the blocks that reach the threshold.
+   first finds the threshold. The blocks' maxima and masses bound it from below (k blocks whose maxima reach t hold k
+   tokens that reach t; likewise for the mass), so only the blocks that reach the bound are read again: 50 of 2004 for
+   top_k 50, about as many as tokens are kept for top_p where the distribution is peaked, all where it is flat. A
+   bisection over them, on values, snaps both ends of its bracket to scores that exist, and so ends exactly. The race is
+   run over the blocks that reach the threshold.
 
-Bytes per row of V logits of b bytes: V·b, plus V with a repetition penalty, plus 9 per block and what is read again
-where it filters; the rest is some 24 bytes per chunk. Llama-3-8B's vocabulary in bf16, on an H100 at 3.35 TB/s: 0.5 MB
-for 2 rows, 0.15 µs of traffic, so launch and latency decide (predicted: 4 µs and 3 µs; with a filter 15 µs, 150 µs
-where it keeps most of a flat distribution, which one program then reads some 15 times); 66 MB for 256 rows, 20 µs of
-traffic, but some 50 instructions per token for the race, so 60 µs are predicted, and 15 µs less when greedy.
+Bytes per row of V logits of b bytes: V·b, plus V with a repetition penalty, plus V / 8 and what is read again with a
+filter; all else is some 20 bytes per chunk. A race costs arithmetic, some 75 instructions per token, 20 of them Philox.
 
-Sums are taken in an order that depends on shapes alone: the same logits give the same bytes. Against the reference,
-which races in fp64, another token can win only where two are as close as rounding; see tests/interpret/test_sample.py.
+Predicted, not measured, for 128256 tokens in bf16 on an H100 at 3.35 TB/s: 2 rows (0.5 MB, 0.15 µs of traffic) 4 µs and
+3 µs, latency alone; 256 rows (66 MB, 20 µs of traffic) 25 µs greedy, 110 µs with a race, bound by its arithmetic. The
+search has 6 to 11 rounds in bf16, 6 to 20 in fp32: of 1 µs where few blocks are listed, of 15 µs where a flat
+distribution lists all of them, since one program reads them.
+
+Sums are taken in an order that depends on shapes alone: the same logits give the same bytes. The reference races in
+fp64; another token than its can win only where two are as close as fp32 (in 210 thousand draws: never).
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ from torch import Tensor
 from icon2_rt.kernels.budget import Budget
 from icon2_rt.kernels.philox import exponential, philox
 
-SCAN = Budget(registers=128, shared=8192, narrow_loads=32)
-CHOOSE = Budget(registers=128, shared=32768, narrow_loads=96)
+# The narrow loads are the row's settings; rows of odd length (the shipped vocabulary of 975) read their logits so too.
+SCAN = Budget(registers=144, shared=8192, narrow_loads=48)
+CHOOSE = Budget(registers=128, shared=16384, narrow_loads=80)
 
 CHUNK = 2048  # tokens of one program of the scan: 126 programs for 2 rows of 128k
 BLOCK = 64  # tokens whose maximum and mass are kept, and which are read again together
-TILE = 32  # blocks that are read at a time
-MAX_BLOCKS = 4096  # of a row, held in registers by one program; a larger vocabulary has larger blocks
+TILE = 64  # blocks that are read at a time
+MAX_BLOCKS = 2048  # of a row, in one program's registers (4096 spill); a larger vocabulary has larger blocks
 
 _NONE: tl.constexpr = tl.constexpr(2**31 - 1)
 
@@ -243,9 +247,9 @@ def _filtered(
     """The winner among the tokens that top_k, top_p and min_p leave."""
     blocks = tl.arange(0, BLOCKS)
     exists = blocks < n_blocks
-    tops = tl.load(block_top + row * n_blocks + blocks, mask=exists, other=float("-inf"))
     low = tl.full((), float("-inf"), tl.float32)
     if (k < vocab) | (p < 1.0):
+        tops = tl.load(block_top + row * n_blocks + blocks, mask=exists, other=float("-inf"))
         mass = tl.load(block_mass + row * n_blocks + blocks, mask=exists, other=0.0) * tl.exp(tops - top)
         whole = tl.sum(mass, 0)
         low = _bound(tops, mass, vocab, k, p, top, whole, BLOCK)
@@ -282,6 +286,8 @@ def _filtered(
                 rounds += 1
                 phase = tl.where((low >= high) & (phase == 0) & (p < 1.0), 1, phase)
             searching = (low < high) | (phase == 1)
+    # Read again: kept through the search, they would occupy registers.
+    tops = tl.load(block_top + row * n_blocks + blocks, mask=exists, other=float("-inf"))
     n_listed = _list(exists & (tops >= low) & (tl.exp(tops - top) >= least), blocks, listed)
     best = tl.full((TILE, BLOCK // 4), float("inf"), tl.float32)
     candidates = tl.full((TILE, BLOCK // 4), _NONE, tl.int32)
@@ -391,5 +397,5 @@ def sample(logits: Tensor, how: Any, state: Any) -> None:
         *settings, penalties, seen, seen_stride, how.eos, n_eos, how.min_tokens, how.budget,
         raw_max, raw_sum, top, best, winner, n_chunks, block_top, block_mass, listed, n_blocks,
         CHUNKS=triton.next_power_of_2(n_chunks), BLOCKS=triton.next_power_of_2(n_blocks), TILE=tile, BLOCK=block,
-        EOS=triton.next_power_of_2(n_eos), num_warps=8 if filters else 1, num_stages=1, enable_fp_fusion=False,
+        EOS=triton.next_power_of_2(n_eos), num_warps=16 if filters else 1, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
