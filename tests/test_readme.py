@@ -13,7 +13,7 @@ import torch
 
 from icon2_rt import Direction, Steering
 from icon2_rt.engine import EngineOptions, batch
-from icon2_rt.pipeline import calibrate
+from icon2_rt.pipeline import calibrate, effect, separability
 from icon2_rt.pipeline.config import CalibrationConfig
 from tools import refresh_readme
 from tools.refresh_readme import DOCUMENTS, ROOT, Failed, blocks, links, refreshed
@@ -87,6 +87,9 @@ def test_the_numbers_in_the_documents_are_those_of_the_code() -> None:
         f"`max_terms` ({EngineOptions.max_terms}) terms",
         f"until the batch changes ({batch.HORIZON} at most)",
         f"the same pages there, at most {batch.ITEM_ROWS}.",
+        f"{effect.SAMPLE} pairs, evenly spaced",
+        f"the mean over {effect.POSITIONS} positions",
+        f"ever more pairs ({separability.PAIRS} at most)",
         f"at most {calibrate.FLUENCY_LOSS} nats per token",
         f"({calibrate.CUT_OFF_GAIN * 100:.0f} points at most)",
         f"better in more than {CalibrationConfig.better * 100:.0f} %",

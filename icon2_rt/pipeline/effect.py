@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SIDES = ("chosen", "neutral", "rejected")
 SAMPLE = 64
 # Of a response's tokens so many, evenly spaced and with the last, are where its projection is taken.
-POSITIONS = 8
+POSITIONS = 4
 
 
 def measure(

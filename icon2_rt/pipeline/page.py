@@ -213,7 +213,7 @@ def _strengths(report: Mapping[str, Any]) -> str:
 
 def _ladder(calibration: Mapping[str, Any] | None) -> list[str]:
     """The calibration's ladder of doses: quality and likelihood, for every band of blocks that was tried."""
-    if calibration is None or "bands" not in calibration:
+    if calibration is None:
         return []
     bands = calibration["bands"]
     names = {_range(band["layers"]): style(i) for i, band in enumerate(bands)}
