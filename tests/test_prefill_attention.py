@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icon2_rt import doctor
 from icon2_rt.ops import Segment, Segments, prefill, prefill_attention
-from icon2_rt.ops.prefill import PATHS, choose
+from icon2_rt.ops.prefill import PATHS, choose, prefill_attention_by_library, sdpa
 from icon2_rt.ops.prefill.flash_attn_2 import flash_attn_2
 from icon2_rt.ops.prefill.flash_attn_4 import flash_attn_4
 from icon2_rt.ops.prefill.torch_varlen import torch_varlen
@@ -201,7 +201,7 @@ def torch_double(told_of_groups: bool) -> Callable[..., Tensor]:
 def install(monkeypatch: pytest.MonkeyPatch, name: str) -> prefill.Attend:
     """The path of that name, its library replaced by its double."""
     if name == "sdpa":
-        return prefill.sdpa
+        return sdpa
     if name == "flash-attn 2":
         monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_2_double())
         return flash_attn_2
@@ -267,17 +267,19 @@ def test_the_installed_torch_takes_the_call() -> None:
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, major: int, d: int = 128, dtype: torch.dtype = torch.bfloat16) -> object:
+    """What is chosen on a CUDA device of that major capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    return getattr(choose(torch.device("cuda"), dtype, d), "keywords", {}).get("attend")
+    return choose.__wrapped__(torch.device("cuda"), dtype, d)
 
 
 def test_choice_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
-    assert [chosen(monkeypatch, major) for major in (7, 8, 9, 10)] == [None, *[torch_varlen] * 3]
+    assert [chosen(monkeypatch, major) for major in (7, 8, 9, 10)] == [sdpa, *[torch_varlen] * 3]
     # flash-attn 4 alone has a flash_attn without the function.
     install(monkeypatch, "flash-attn 4")
-    assert [chosen(monkeypatch, major) for major in (7, 8, 9, 10)] == [None, torch_varlen, flash_attn_4, flash_attn_4]
+    assert [chosen(monkeypatch, major) for major in (7, 8, 9, 10)] == [sdpa, torch_varlen, flash_attn_4, flash_attn_4]
     assert chosen(monkeypatch, 10, d=192) is torch_varlen and chosen(monkeypatch, 9, d=192) is flash_attn_4
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_2_double())
     assert [chosen(monkeypatch, major) for major in (8, 9)] == [flash_attn_2, flash_attn_4]
@@ -290,10 +292,19 @@ def test_choice_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choice_by_what_the_libraries_take(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "flash-attn 2")
-    assert chosen(monkeypatch, 9, dtype=torch.float32) is None
-    assert [chosen(monkeypatch, 9, d=d) for d in (12, 264)] == [None, None]
+    assert chosen(monkeypatch, 9, dtype=torch.float32) is sdpa
+    assert [chosen(monkeypatch, 9, d=d) for d in (12, 264)] == [sdpa, sdpa]
     assert chosen(monkeypatch, 8, d=80, dtype=torch.float16) is flash_attn_2
-    assert choose(torch.device("cpu"), torch.bfloat16, 64) is prefill_attention
+    assert choose.__wrapped__(torch.device("cpu"), torch.bfloat16, 64) is sdpa
+
+
+def test_by_library_is_the_op_with_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = pack((5, 6), (0, 3))
+    q, k, v = tensors(segments, 4, 2, 16)
+    expected = prefill_attention(q, k, v, segments, 0.3)
+    assert torch.equal(prefill_attention_by_library(q, k, v, segments, 0.3), expected)
+    monkeypatch.setattr(prefill, "choose", lambda *model: lambda q, k, v, segments, scale: q + 1)
+    assert torch.equal(prefill_attention_by_library(q, k, v, segments, 0.3), q.flatten(1) + 1)
 
 
 def test_doctor_names_every_path_that_has_not_run() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,15 +72,30 @@ PATHS = (
 )
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor]:
-    """:func:`prefill_attention` by the best library for a model of ``dtype`` and ``head_dim`` on ``device``."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return prefill_attention
+@cache
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attend:
+    """The best way to attend that is here for a model of ``dtype`` and ``head_dim`` on ``device``."""
+    if device.type != "cuda" or not torch.cuda.is_available() or dtype not in (torch.float16, torch.bfloat16):
+        return sdpa
     major, _ = torch.cuda.get_device_capability(device)
-    for path in PATHS:
-        if path.takes(major, head_dim) and path.why_not() is None:
-            return partial(prefill_attention, attend=path.attend)
-    return prefill_attention
+    return next((p.attend for p in PATHS if p.takes(major, head_dim) and p.why_not() is None), sdpa)
 
 
-__all__ = ["PATHS", "Attend", "Path", "Segment", "Segments", "choose", "prefill_attention", "sdpa"]
+def prefill_attention_by_library(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    """:func:`prefill_attention` as fast as what is installed can; looked for once, see :func:`choose`."""
+    return prefill_attention(q, k_pages, v_pages, segments, scale, choose(q.device, q.dtype, q.shape[2]))
+
+
+__all__ = [
+    "PATHS",
+    "Attend",
+    "Path",
+    "Segment",
+    "Segments",
+    "choose",
+    "prefill_attention",
+    "prefill_attention_by_library",
+    "sdpa",
+]
