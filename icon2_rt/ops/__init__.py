@@ -3,6 +3,8 @@ backend's version of each and does nothing else."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,8 @@ from icon2_rt.ops.silu_mul import silu_mul
 from icon2_rt.ops.state import RowState
 
 Backend = Literal["reference", "triton", "native"]
+# Tensor cores with bf16, and asynchronous copies.
+OLDEST_CUDA = (8, 0)
 BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native")
 
 
@@ -43,9 +47,19 @@ def available(device: torch.device) -> dict[Backend, str | None]:
     """Every backend, with None where it can run on ``device`` and the reason where it cannot."""
     return {
         "reference": None,
-        "triton": "this version has no Triton kernels yet",
+        "triton": _why_no_triton(device),
         "native": "this version has no native extension yet",
     }
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels need a CUDA device (or, to try them slowly on a CPU, TRITON_INTERPRET=1)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CUDA:
+        return f"Triton kernels need compute capability {'.'.join(map(str, OLDEST_CUDA))} or newer"
+    return None
 
 
 def select(backend: str, device: torch.device) -> Ops:
@@ -55,13 +69,34 @@ def select(backend: str, device: torch.device) -> Ops:
         ValueError: an unknown backend, or one that cannot run here; the message says why.
     """
     if backend == "auto":
+        # A backend becomes a device's default with a stored result that shows it right and faster there.
         return Ops("reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, not {backend!r}")
     why_not = available(device)[backend]
     if why_not is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}. Use backend='auto' or 'reference'.")
-    return Ops(backend)
+    return triton_ops() if backend == "triton" else Ops(backend)
+
+
+def triton_ops() -> Ops:
+    """The Triton kernels; what is a matrix product is torch's, and prefill attention a library's."""
+    from icon2_rt.kernels.add_steer_rmsnorm import add_steer_rmsnorm
+    from icon2_rt.kernels.begin_step import begin_step
+    from icon2_rt.kernels.grouped_decode_attention import grouped_decode_attention
+    from icon2_rt.kernels.rope_append import rope_append
+    from icon2_rt.kernels.sample import sample
+    from icon2_rt.kernels.silu_mul import silu_mul
+
+    return Ops(
+        "triton",
+        begin_step=begin_step,
+        add_steer_rmsnorm=add_steer_rmsnorm,
+        rope_append=rope_append,
+        grouped_decode_attention=grouped_decode_attention,
+        silu_mul=silu_mul,
+        sample=sample,
+    )
 
 
 __all__ = [
