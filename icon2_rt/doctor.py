@@ -52,6 +52,7 @@ _OPTIONAL = {
 # Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
 NEVER_RUN_ON_HARDWARE = {
     "cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested",
+    "triton": "kernels and graphs: equal to the reference under Triton's interpreter, compiled for sm_80, sm_90, sm_100",
     **{path.name: "prefill attention; how it is called is tested" for path in prefill.PATHS if not path.measured_on},
 }
 
@@ -104,7 +105,7 @@ def _backends() -> list[Finding]:
 
 _BACKENDS = {
     "reference": "plain PyTorch: the definition of every operation, runs everywhere",
-    "triton": "Triton kernels, for CUDA devices",
+    "triton": "Triton kernels and CUDA graphs, for CUDA devices",
     "native": "C++ and CUDA, compiled at installation",
 }
 
