@@ -52,7 +52,7 @@ _OPTIONAL = {
 # Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
 NEVER_RUN_ON_HARDWARE = {
     "cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested",
-    "triton": "kernels and graphs: equal to the reference under Triton's interpreter, compiled for sm_80, sm_90, sm_100",
+    "triton": "kernels and graphs: right under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100",
     **{path.name: "prefill attention; how it is called is tested" for path in prefill.PATHS if not path.measured_on},
 }
 

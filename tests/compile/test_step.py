@@ -1,7 +1,7 @@
 """A whole decode step without its launches: what the host does of it depends on no value, and how much it launches.
 
-Under FakeTensorMode a tensor has a shape and no content, so any read of one by the host (an index, a length, ``item()``)
-raises: what runs there can be captured in a graph.
+Under FakeTensorMode a tensor has a shape and no content, so any read of one by the host (an index, a length,
+``item()``) raises: what runs there can be captured in a graph.
 """
 
 from __future__ import annotations
