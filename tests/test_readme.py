@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from icon2_rt import Direction, Steering
-from icon2_rt.engine import EngineOptions, batch
+from icon2_rt.engine import EngineOptions, engine, items
 from icon2_rt.pipeline import calibrate, effect, separability
 from icon2_rt.pipeline.config import CalibrationConfig
 from tools import refresh_readme
@@ -80,13 +80,16 @@ def test_the_table_of_steerings(code: str, alpha: float, beta: float) -> None:
     torch.testing.assert_close(term.beta, torch.full((4,), beta))
 
 
+_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+
 def test_the_numbers_in_the_documents_are_those_of_the_code() -> None:
     text = " ".join(" ".join((ROOT / path).read_text(encoding="utf-8") for path in DOCUMENTS).split())
     for words in (
         f"`max_directions` ({EngineOptions.max_directions}) distinct",
         f"`max_terms` ({EngineOptions.max_terms}) terms",
-        f"until the batch changes ({batch.HORIZON} at most)",
-        f"the same pages there, at most {batch.ITEM_ROWS}.",
+        f"fill a tensor-core tile of {items.ITEM_QUERIES}",
+        f"{_WORDS[engine._BEHIND]} steps later on CUDA",
         f"{effect.SAMPLE} pairs, evenly spaced",
         f"the mean over {effect.POSITIONS} positions",
         f"ever more pairs ({separability.PAIRS} at most)",
