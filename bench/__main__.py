@@ -1,4 +1,5 @@
-"""`python -m bench`: everything, then bench/RESULTS.md. `python -m bench NAME --help` for one benchmark alone."""
+"""`python -m bench`: everything that a CPU measures, then bench/RESULTS.md. `python -m bench NAME --help` for one
+benchmark alone. What takes a GPU is one command of its own: `bash bench/gpu.sh OUT`."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from bench import memory, pairs, results
+from bench import memory, overhead, pairs, results, sanitize, step, targets
 from bench.environment import ROOT
 
 
 def micro(arguments: Sequence[str] | None = None) -> None:
     """The ops one by one, through pytest-benchmark."""
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-enable", "--benchmark-max-time=0.2", "-q"]
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--benchmark-max-time=0.2", "-q"]
     subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *(arguments or [])], cwd=ROOT, check=True)
 
 
@@ -21,6 +22,10 @@ ONE: dict[str, Callable[[list[str]], None]] = {
     "pairs": pairs.main,
     "memory": memory.main,
     "micro": micro,
+    "step": step.main,
+    "overhead": overhead.main,
+    "sanitize": sanitize.main,
+    "targets": targets.main,
     "results": results.main,
 }
 

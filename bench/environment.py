@@ -20,11 +20,12 @@ RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("icon2_rt", "torch", "triton", "transformers", "numpy", "safetensors")
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, commit and load, now."""
+def environment(where: torch.device | None = None) -> dict[str, Any]:
+    """Device, versions, commit and load, now. ``where``: what is measured, if not the CPU."""
     commit, changed = _commit()
     return {
         "device": device(),
+        "gpu": _gpu(where) if where is not None and where.type == "cuda" else None,
         "architecture": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
@@ -54,19 +55,44 @@ def device() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def slug() -> str:
-    """The device and its threads as a part of a file name."""
-    words = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
-    return f"{words}-{torch.get_num_threads()}t"
+def slug(gpu: dict[str, Any] | None) -> str:
+    """What was measured, as a part of a file name: the GPU, or the CPU and its threads."""
+    words = re.sub(r"[^a-z0-9]+", "-", (gpu["name"] if gpu else device()).lower()).strip("-")
+    return words if gpu else f"{words}-{torch.get_num_threads()}t"
 
 
 def write(name: str, record: dict[str, Any], out: Path | None = None) -> Path:
-    """Store ``record`` under ``bench/results/``, one file per benchmark and device: a newer run replaces it."""
-    path = out or RESULTS / f"{name}-{slug()}.json"
+    """Store ``record`` under ``bench/results/``, one file per benchmark and device: a newer run replaces it.
+
+    Args:
+        out: a folder to take instead, or a file (``*.json``).
+    """
+    path = out if out is not None and out.suffix == ".json" else None
+    path = path or (out or RESULTS) / f"{name}-{slug(record['environment']['gpu'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    new = path.with_suffix(".new")  # a run that is cut off in the middle of writing leaves the file before it
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(path)
     print(f"wrote {path}", file=sys.stderr)
     return path
+
+
+def _gpu(where: torch.device) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(where)
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    return {
+        "name": found.name,
+        "capability": f"sm_{found.major}{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "l2_mib": round(found.L2_cache_size / 2**20),
+        "cuda": torch.version.cuda,
+        "driver": driver,
+    }
 
 
 def _version(name: str) -> str | None:

@@ -26,7 +26,7 @@ def two_calls(
     """(a): all prompts with the positive push, then all with the negative one."""
     branches = []
     for steering in (positive, negative):
-        with pushed(model, vectors(steering)):
+        with pushed(model, vectors(steering, model)):
             branches.append(generate(model, prompts, new_tokens))
     return list(zip(*branches, strict=True))
 
@@ -36,7 +36,7 @@ def one_call(
 ) -> Pairs:
     """(b): one batch of twice the rows, each row with its own push."""
     n = len(prompts)
-    sides = [vectors(steering) for steering in (positive, negative)]
+    sides = [vectors(steering, model) for steering in (positive, negative)]
     rows = {
         layer: torch.cat([side[layer].expand(n, -1) for side in sides]) for layer in sides[0].keys() & sides[1].keys()
     }
@@ -45,13 +45,13 @@ def one_call(
     return list(zip(tokens[:n], tokens[n:], strict=True))
 
 
-def vectors(steering: Steering) -> dict[int, Tensor]:
-    """What a steering of plain additions adds at each block: ``[hidden]`` fp32."""
+def vectors(steering: Steering, model: PreTrainedModel) -> dict[int, Tensor]:
+    """What a steering of plain additions adds at each block: ``[hidden]`` in the model's dtype, where the model is."""
     pushes: dict[int, Tensor] = {}
     for term in steering.terms:
         for layer in term.alpha.nonzero().flatten().tolist():
             pushes[layer] = pushes.get(layer, 0) + term.alpha[layer] * term.direction.vectors[layer]
-    return pushes
+    return {layer: push.to(model.device, model.dtype) for layer, push in pushes.items()}
 
 
 @contextmanager
@@ -77,8 +77,8 @@ def pushed(model: PreTrainedModel, pushes: dict[int, Tensor]) -> Iterator[None]:
 def generate(model: PreTrainedModel, prompts: Prompts, new_tokens: int) -> list[list[int]]:
     """Greedy continuations of left-padded prompts, all ``new_tokens`` long (the model has no eos token here)."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     out: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)  # type: ignore
     return out[:, width:].tolist()
 
@@ -88,7 +88,7 @@ def gap_at(model: PreTrainedModel, tokens: Sequence[int], steering: Steering, n_
     """How far the best next token is ahead of the second best (logits) after ``tokens``, by one plain forward pass
     with the push at positions from ``n_prompt - 1`` on."""
     handles = []
-    for layer, push in vectors(steering).items():
+    for layer, push in vectors(steering, model).items():
 
         def add(
             module: torch.nn.Module, args: object, output: Tensor | tuple[Tensor, ...], push: Tensor = push
@@ -98,7 +98,8 @@ def gap_at(model: PreTrainedModel, tokens: Sequence[int], steering: Steering, n_
 
         handles.append(model.model.layers[layer].register_forward_hook(add))
     try:
-        logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0, -1]
+        ids = torch.tensor([list(tokens)], device=model.device)
+        logits = model(ids, use_cache=False).logits[0, -1].float()
     finally:
         for handle in handles:
             handle.remove()

@@ -27,6 +27,7 @@ WAYS = {
     "hf_two_calls": "(a) transformers, two generate calls with forward hooks",
     "hf_one_call": "(b) transformers, one generate call with a hook per row",
 }
+CPU = torch.device("cpu")
 # Long enough that KV is a visible part of the peak.
 PROMPT_TOKENS = {"tiny": 900, "random100m": 1024}
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             print(figures[-1], file=sys.stderr)
     record = {
         "benchmark": "memory",
-        "model": subjects.describe(options.model, subjects.load(options.model)),
+        "model": subjects.describe(options.model, subjects.load(options.model, CPU)),
         "settings": {"new_tokens": options.new_tokens, "ways": WAYS, "peak": "VmHWM after a reset"},
         "environment": environment(),
         "figures": figures,
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(way: str, name: str, n: int, new_tokens: int) -> dict[str, Any]:
     """MiB resident before the run, at its peak, and the difference."""
-    model = subjects.load(name)
+    model = subjects.load(name, CPU)
     vocab = model.config.vocab_size
     generator = torch.Generator().manual_seed(subjects.SEED)
     prompts = [torch.randint(vocab, (PROMPT_TOKENS[name],), generator=generator).tolist() for _ in range(n)]

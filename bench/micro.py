@@ -1,13 +1,15 @@
-"""The cases of the micro benchmarks: every reference op at the shapes of both models, with the bytes it has to move.
+"""The cases of the micro benchmarks: every op at the shapes of real models, with the bytes it has to move.
 
-Each case holds several sets of arguments and goes through them in turn, so that a model larger than the caches is
-measured from memory, as in a decode step, and not from a weight that was read a moment ago.
+Each case holds several sets of arguments and goes through them in turn, so that what is larger than the caches is
+measured from memory, as in a decode step, and not from a weight that was read a moment ago. A step's own activations
+are small and are found in the cache there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import cycle
 from typing import Any
 
@@ -15,31 +17,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.seats import attention_items
+from bench.shapes import SHAPES
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.batch import plan_items
-from icon2_rt.engine.forward import Model, rotary
-from icon2_rt.models import DecoderSpec, DecoderWeights
-from icon2_rt.ops import Ops, RowSampling
+from icon2_rt.models import DecoderSpec
+from icon2_rt.ops import Ops, RowSampling, RowState, rotary, select
 from icon2_rt.steering import Direction, compile_steering
 
-# As many sets of arguments as make this many bytes, but no more than the model has blocks.
+# As many sets of arguments as make this many bytes (far more than a cache has), but no more than so many sets.
 ROTATE_BYTES = 256 * 2**20
-COPY_BYTES = 256 * 2**20
-CONTEXT = 192  # KV positions of a row in the attention case
+MOST_SETS = 64
 
 SPECS = {
     "tiny": DecoderSpec("llama", 6, 128, 4, 2, 32, 384, 1024, 1024, None, 1e-6, 1.0, False),
     "random100m": DecoderSpec("llama", 12, 768, 12, 4, 64, 2048, 32000, 4096, None, 1e-6, 1.0, True),
+    **SHAPES,
 }
 
 
 @dataclass(frozen=True)
+class Bench:
+    """What is measured on a device: the models and numbers of rows, and (pairs, prompt tokens) for attention."""
+
+    device: torch.device
+    dtype: torch.dtype
+    models: tuple[str, ...]
+    rows: tuple[int, ...]
+    attention: tuple[tuple[int, int], ...]
+    page_size: int
+    split_pages: int
+
+    @cached_property
+    def ops(self) -> Ops:
+        return select("auto", self.device)
+
+
+CPU = Bench(torch.device("cpu"), torch.float32, ("tiny", "random100m"), (2, 16, 64), ((1, 192), (8, 192)), 32, 4)
+GPU = Bench(
+    torch.device("cuda"), torch.bfloat16, ("llama3-8b", "qwen2-7b", "qwen2-1.5b"), (2, 16, 64, 256, 4096),
+    ((8, 2048), (32, 2048), (8, 8192), (128, 2048), (1, 2048), (8, 256)), 32, 4,
+)  # fmt: skip
+HERE = GPU if torch.cuda.is_available() else CPU
+# 4096 rows are a prefill's, where only these ops see all of them.
+PREFILL_OPS = ("add_rmsnorm", "add_steer_rmsnorm", "rope_append", "silu_mul")
+
+
+@dataclass(frozen=True)
 class Case:
-    """One op at one shape. ``n_bytes``: what it reads and writes at least, once each."""
+    """One op (its name in :class:`icon2_rt.ops.Ops`) at one shape. ``n_bytes``: what it reads and writes at least, once
+    each."""
 
     name: str
     model: str
     rows: int
+    op: str
     function: Callable[..., Any]
     arguments: list[tuple[Any, ...]]
     n_bytes: int
@@ -50,87 +81,158 @@ class Case:
         return lambda: self.function(*next(turn))
 
 
-def cases_of(model: str, rows: int) -> Iterator[Case]:
-    """Every op of a decode step of ``rows`` rows."""
-    spec, ops = SPECS[model], Ops("reference")
-    hidden, ffn, d = spec.hidden_size, spec.intermediate_size, spec.head_dim
+@dataclass(frozen=True)
+class Subject:
+    """What a case is made for."""
+
+    bench: Bench
+    model: str
+    rows: int
+
+    @property
+    def spec(self) -> DecoderSpec:
+        return SPECS[self.model]
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.bench.device).manual_seed(self.rows)
+
+    def rand(self, *shape: int) -> Tensor:
+        drawn = torch.empty(shape, device=self.bench.device, dtype=self.bench.dtype)
+        return drawn.normal_(generator=self.generator)
+
+    def case(self, name: str, op: str, make: Callable[[], tuple[Any, ...]], n_bytes: int) -> Case:
+        """``make``: one more set of arguments."""
+        n_sets = min(MOST_SETS, max(1, ROTATE_BYTES // n_bytes))
+        arguments = [make() for _ in range(n_sets)]
+        return Case(name, self.model, self.rows, op, getattr(self.bench.ops, op), arguments, n_bytes)
+
+
+def add_rmsnorm(s: Subject) -> Case:
+    hidden = s.spec.hidden_size
+    row = s.rows * hidden * s.bench.dtype.itemsize
+    make = lambda: (s.rand(s.rows, hidden), s.rand(s.rows, hidden), s.rand(hidden), 1e-6)  # noqa: E731
+    return s.case("add_rmsnorm", "add_steer_rmsnorm", make, 4 * row)
+
+
+def add_steer_rmsnorm(s: Subject) -> Case:
+    """Half of the rows pushed one way, half the other, by one direction: a batch of pairs."""
+    hidden, n_layers = s.spec.hidden_size, s.spec.n_layers
+    bank = DirectionBank(2, 1, n_layers, hidden, s.bench.device)
+    d = Direction("d", s.rand(n_layers, hidden).float().cpu())
+    sides = [compile_steering(alpha * d, n_layers, hidden) for alpha in (0.1, -0.05)]
+    bank.pin(sides)
+    chosen = bank.row_steering(sides * (s.rows // 2))
+    row = s.rows * hidden * s.bench.dtype.itemsize
+    make = lambda: (s.rand(s.rows, hidden), s.rand(s.rows, hidden), s.rand(hidden), 1e-6, chosen, 1)  # noqa: E731
+    return s.case("add_steer_rmsnorm", "add_steer_rmsnorm", make, 4 * row + 4 * hidden)
+
+
+def silu_mul(s: Subject) -> Case:
+    ffn = s.spec.intermediate_size
+    make = lambda: (s.rand(s.rows, 2 * ffn),)  # noqa: E731
+    return s.case("silu_mul", "silu_mul", make, 3 * s.rows * ffn * s.bench.dtype.itemsize)
+
+
+def rope_append(s: Subject) -> Case:
+    spec, d, size = s.spec, s.spec.head_dim, s.bench.page_size
     heads = spec.n_heads + 2 * spec.n_kv_heads
-    generator = torch.Generator().manual_seed(rows)
+    device = s.bench.device
+    inv_freq = 1e4 ** -(torch.arange(0, d, 2, device=device) / d)
+    cos, sin = rotary(torch.arange(s.rows, device=device), inv_freq, 1.0, s.bench.dtype)
+    n_pages = -(-s.rows // size)
+    slots = torch.arange(s.rows, device=device)
 
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    def make() -> tuple[Any, ...]:
+        pages = (n_pages, size, spec.n_kv_heads, d)
+        return s.rand(s.rows, heads * d), cos, sin, None, None, 1e-6, s.rand(*pages), s.rand(*pages), slots
 
-    x, residual, weight = rand(rows, hidden), rand(rows, hidden), rand(hidden)
-    yield Case(
-        "add_rmsnorm", model, rows, ops.add_steer_rmsnorm, [(x, residual, weight, 1e-6)], size(x) * 4 + size(weight)
+    moved = 2 * s.rows * heads * d * s.bench.dtype.itemsize
+    return s.case("rope_append", "rope_append", make, moved)
+
+
+def linear(name: str) -> Callable[[Subject], Case]:
+    def build(s: Subject) -> Case:
+        spec = s.spec
+        heads = spec.n_heads + 2 * spec.n_kv_heads
+        n_out, n_in = {
+            "qkv": (heads * spec.head_dim, spec.hidden_size),
+            "gate_up": (2 * spec.intermediate_size, spec.hidden_size),
+            "down": (spec.hidden_size, spec.intermediate_size),
+            "lm_head": (spec.vocab_size, spec.hidden_size),
+        }[name]
+        moved = s.bench.dtype.itemsize * (n_out * n_in + s.rows * (n_in + n_out))
+        return s.case(f"linear_{name}", "linear", lambda: (s.rand(s.rows, n_in), s.rand(n_out, n_in)), moved)
+
+    return build
+
+
+def sample(s: Subject, how: dict[str, Any], name: str) -> Case:
+    device, vocab, rows = s.bench.device, s.spec.vocab_size, s.rows
+    settings = dict.fromkeys(
+        ("sampled", "seeds", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seen", "min_tokens")
     )
+    none = torch.full((rows, 1), -1, dtype=torch.int32, device=device)
+    budget = torch.full((rows,), 2**30, dtype=torch.int32, device=device)
+    sampling = RowSampling(**{**settings, **how}, eos=none, budget=budget)
 
-    bank = DirectionBank(2, 1, spec.n_layers, hidden, torch.device("cpu"))
-    steering = compile_steering(0.1 * Direction("d", rand(spec.n_layers, hidden)), spec.n_layers, hidden)
-    bank.pin([steering])
-    chosen = bank.row_steering([steering] * rows)
-    yield Case(
-        "add_steer_rmsnorm", model, rows, ops.add_steer_rmsnorm, [(x, residual, weight, 1e-6, chosen, 1)],
-        size(x) * 4 + size(weight) * 2,
-    )  # fmt: skip
+    def make() -> tuple[Any, ...]:
+        def per_row(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(rows, dtype=dtype, device=device)
 
-    shapes = {"qkv": (heads * d, hidden), "gate_up": (2 * ffn, hidden), "down": (hidden, ffn)}
-    for name, (n_out, n_in) in {**shapes, "lm_head": (spec.vocab_size, hidden)}.items():
-        several = 1 if name == "lm_head" else min(spec.n_layers, max(1, ROTATE_BYTES // (4 * n_out * n_in)))
-        arguments = [(rand(rows, n_in), rand(n_out, n_in)) for _ in range(several)]
-        moved = 4 * (n_out * n_in + rows * (n_in + n_out))
-        yield Case(f"linear_{name}", model, rows, ops.linear, arguments, moved)
+        state = RowState(
+            tokens=per_row(torch.int64), positions=per_row(torch.int32), generated=per_row(torch.int32),
+            running=torch.ones(rows, dtype=torch.bool, device=device), logprobs=per_row(torch.float32),
+        )  # fmt: skip
+        return s.rand(rows, vocab), sampling, state
 
-    gate_up = rand(rows, 2 * ffn)
-    yield Case("silu_mul", model, rows, ops.silu_mul, [(gate_up,)], size(gate_up) * 3 // 2)
-
-    shell = Model(spec, _no_weights(spec), ops)
-    page_size = 32
-    per_row = -(-CONTEXT // page_size)
-    shape = (rows * per_row, page_size, spec.n_kv_heads, d)
-    pages = [(rand(*shape), rand(*shape)) for _ in range(spec.n_layers)]
-    qkv = rand(rows, heads * d)
-    cos, sin = rotary(shell, torch.full((rows,), CONTEXT - 1))
-    slots = (torch.arange(rows) * per_row + per_row - 1) * page_size
-    yield Case(
-        "rope_append", model, rows, ops.rope_append,
-        [(qkv, cos, sin, None, None, 1e-6, k, v, slots) for k, v in pages], size(qkv) * 2,
-    )  # fmt: skip
-
-    tables = [list(range(row * per_row, (row + 1) * per_row)) for row in range(rows)]
-    items, _ = plan_items(tables, [CONTEXT - 1] * rows, 1, page_size, 4, shell)
-    items.mask[items.mask == -torch.inf] = 0.0
-    q = rand(rows, spec.n_heads, d)
-    yield Case(
-        "grouped_decode_attention", model, rows, ops.grouped_decode_attention,
-        [(q, k, v, items, d**-0.5) for k, v in pages], rows * CONTEXT * spec.n_kv_heads * d * 4 * 2,
-    )  # fmt: skip
-
-    logits = rand(rows, spec.vocab_size)
-    index = torch.zeros(rows, dtype=torch.int64)
-    greedy = RowSampling(None, None, None, None, None, None, None, None, None)
-    yield Case("sample_greedy", model, rows, ops.sample, [(logits, index, greedy)], size(logits))
-    sampled = RowSampling(
-        sampled=torch.ones(rows, dtype=torch.bool), seeds=torch.arange(2 * rows).view(rows, 2),
-        temperature=torch.full((rows,), 0.8), top_k=None, top_p=torch.full((rows,), 0.95), min_p=None,
-        repetition_penalty=None, seen=None, banned=None,
-    )  # fmt: skip
-    yield Case("sample_top_p", model, rows, ops.sample, [(logits, index, sampled)], size(logits))
+    return s.case(name, "sample", make, rows * vocab * s.bench.dtype.itemsize)
 
 
-def copy() -> Case:
+def sample_greedy(s: Subject) -> Case:
+    return sample(s, {}, "sample_greedy")
+
+
+def sample_top_p(s: Subject) -> Case:
+    device, rows = s.bench.device, s.rows
+    how = {
+        "sampled": torch.ones(rows, dtype=torch.bool, device=device),
+        "seeds": torch.arange(2 * rows, device=device).view(rows, 2),
+        "temperature": torch.full((rows,), 0.8, device=device),
+        "top_p": torch.full((rows,), 0.95, device=device),
+    }
+    return sample(s, how, "sample_top_p")
+
+
+CASES: dict[str, Callable[[Subject], Case]] = {
+    "add_rmsnorm": add_rmsnorm,
+    "add_steer_rmsnorm": add_steer_rmsnorm,
+    "silu_mul": silu_mul,
+    "rope_append": rope_append,
+    **{f"linear_{name}": linear(name) for name in ("qkv", "gate_up", "down", "lm_head")},
+    "sample_greedy": sample_greedy,
+    "sample_top_p": sample_top_p,
+}
+
+
+def attention(bench: Bench, model: str, pairs: int, prompt: int) -> Case:
+    """Pairs over prompts that each pair's rows share, 64 tokens on."""
+    spec, size = SPECS[model], bench.page_size
+    s = Subject(bench, model, 2 * pairs)
+    items, n_pages, read = attention_items(spec, pairs, 2, prompt, 64, size, bench.split_pages, bench.device)
+    shape = (n_pages, size, spec.n_kv_heads, spec.head_dim)
+    q = s.rand(s.rows, spec.n_heads, spec.head_dim)
+    scale = spec.head_dim**-0.5
+    moved = 2 * read * spec.n_kv_heads * spec.head_dim * bench.dtype.itemsize
+    make = lambda: (q, s.rand(*shape), s.rand(*shape), items, scale, 0)  # noqa: E731
+    return s.case(f"attention_{prompt}", "grouped_decode_attention", make, moved)
+
+
+def copy(bench: Bench) -> Case:
     """The device copy that every GB/s is read beside: a buffer far larger than the caches, read and written."""
-    source = torch.from_numpy(np.ones(COPY_BYTES // 4, dtype=np.float32))
+    if bench.device.type == "cpu":  # numpy's ones: torch's would touch every page twice
+        source = torch.from_numpy(np.ones(ROTATE_BYTES // 4, dtype=np.float32))
+    else:
+        source = torch.empty(2**30, dtype=torch.uint8, device=bench.device).random_()
     target = torch.empty_like(source)
-    return Case("device_copy", "-", 0, target.copy_, [(source,)], 2 * COPY_BYTES)
-
-
-def size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _no_weights(spec: DecoderSpec) -> DecoderWeights:
-    """What `rotary` needs of a decoder, and nothing else."""
-    nothing = torch.empty(0)
-    frequencies = 10000.0 ** -(torch.arange(0, spec.head_dim, 2) / spec.head_dim)
-    return DecoderWeights(nothing, [], nothing, nothing, frequencies)
+    return Case("device_copy", "-", 0, "copy", target.copy_, [(source,)], 2 * source.numel() * source.element_size())

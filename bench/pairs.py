@@ -20,6 +20,7 @@ import transformers
 
 from bench import hf, subjects
 from bench.environment import environment, load, write
+from bench.shapes import SHAPES
 from icon2_rt import Runtime, Steering
 
 CONTESTANTS = {
@@ -31,7 +32,8 @@ CONTESTANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny", "random100m"], default="tiny")
+    parser.add_argument("--model", choices=["tiny", "random100m", *SHAPES], default="tiny")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--prompts", type=int, nargs="+", choices=sorted(subjects.LENGTHS), default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which each contestant has one turn")
@@ -42,8 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
 
-    model = subjects.load(options.model)
-    runtime = Runtime(model, keep_model=True, device="cpu")
+    device = torch.device(options.device)
+    model = subjects.load(options.model, device)
+    # On a GPU the other contestants need room for a model and a cache of their own.
+    kv_memory = "12GiB" if device.type == "cuda" else None
+    runtime = Runtime(model, keep_model=True, device=device, kv_memory=kv_memory)
     steerings = subjects.steerings(model, subjects.prompts(options.model, 1)[0])
     record: dict[str, Any] = {
         "benchmark": "pairs",
@@ -62,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             "page_size": runtime.page_size,
             "contestants": CONTESTANTS,
         },
-        "environment": environment(),
+        "environment": environment(device),
         "figures": [],
     }
     print(f"{options.model}, {torch.get_num_threads()} threads, load {load()}", file=sys.stderr)

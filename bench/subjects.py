@@ -1,6 +1,7 @@
-"""What is measured: the model that ships with the package, and a random Llama of 100M parameters; their prompts.
+"""What is measured end to end: the model that ships with the package, a random Llama of 100M parameters, and random
+models of real sizes for a GPU (bench/shapes.py); their prompts.
 
-Both are built from seeds and fixed lists alone, so that every process, and every machine, measures the same thing.
+All are built from seeds and fixed lists alone, so that every process, and every machine, measures the same thing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from bench import shapes
 from icon2_rt import Direction, Steering, tiny
 from icon2_rt.tiny import world
 
@@ -37,9 +39,9 @@ class RandomLlama:
     tie_word_embeddings: bool = True
 
 
-def load(name: str) -> PreTrainedModel:
-    """``"tiny"`` or ``"random100m"``, fp32, in evaluation mode, without an end-of-sequence token: every contestant
-    generates as many tokens as it is asked for, with no logits processor to see to it."""
+def load(name: str, device: torch.device) -> PreTrainedModel:
+    """``"tiny"``, ``"random100m"`` (fp32) or a shape (bf16 on a GPU), in evaluation mode, without an end-of-sequence
+    token: every contestant generates as many tokens as it is asked for, with no logits processor to see to it."""
     model: PreTrainedModel
     if name == "tiny":
         model = AutoModelForCausalLM.from_pretrained(tiny.path(), dtype=torch.float32)
@@ -47,10 +49,10 @@ def load(name: str) -> PreTrainedModel:
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(LlamaConfig(**asdict(RandomLlama()), dtype=torch.float32))
     else:
-        raise ValueError(f"model must be 'tiny' or 'random100m', not {name!r}")
+        return shapes.transformers_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model.eval()
+    return model.eval().to(device)
 
 
 def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
 
 def prompts(name: str, n: int) -> list[list[int]]:
     """``n`` prompts of the lengths in :data:`LENGTHS`, as token ids: the tiny world's text for the tiny model, random
-    ids for the random one."""
+    ids for the random ones."""
     lengths = LENGTHS[n]
     if name == "tiny":
         rng = random.Random(SEED)
@@ -78,7 +80,8 @@ def prompts(name: str, n: int) -> list[list[int]]:
         begins = [sum(lengths[:i]) for i in range(n)]
         return [text[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
     generator = torch.Generator().manual_seed(SEED)
-    return [torch.randint(RandomLlama.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    vocab = shapes.SHAPES[name].vocab_size if name in shapes.SHAPES else RandomLlama.vocab_size
+    return [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
 
 
 def steerings(model: PreTrainedModel, prompt: list[int]) -> dict[str, Steering]:
@@ -88,7 +91,8 @@ def steerings(model: PreTrainedModel, prompt: list[int]) -> dict[str, Steering]:
     n_layers = config.num_hidden_layers
     vectors = torch.randn(n_layers, config.hidden_size, generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
-        states = model(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states
-    norms = torch.stack([state[0, -1].norm() for state in states[1:]])
+        ids = torch.tensor([prompt], device=model.device)
+        states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    norms = torch.stack([state[0, -1].float().norm() for state in states[1:]]).cpu()
     chosen = Direction("random", vectors)[n_layers // 3 : n_layers - n_layers // 3]
     return {branch: dose * norms * chosen for branch, dose in DOSES.items()}

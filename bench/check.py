@@ -1,0 +1,66 @@
+"""Is what is measured right? An op against the reference in fp32 on the same numbers, its outputs poisoned first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the context, memory that `torch.empty` gives out holds NaN (the largest number for integers): what an op
+    does not write shows."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which is what makes torch fill it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def compare(
+    function: Callable[..., Any], reference: Callable[..., Any], arguments: tuple[Any, ...]
+) -> dict[str, float]:
+    """``error``: the largest ‖out − expected‖ / ‖expected‖ over everything that the op returns or writes into (NaN if
+    anything is); ``unequal``: the largest share of integers and booleans that differ."""
+    ours, theirs = copied(arguments, upcast=False), copied(arguments, upcast=True)
+    with poisoned():
+        returned = function(*ours)
+    expected = reference(*theirs)
+    error = unequal = 0.0
+    for out, right in zip(tensors((returned, ours)), tensors((expected, theirs)), strict=True):
+        if right.is_floating_point():
+            difference = float((out.double() - right.double()).norm() / right.double().norm().clamp(min=1e-30))
+            error = difference if difference != difference or error != error else max(error, difference)
+        else:
+            unequal = max(unequal, float((out != right).float().mean()) if right.numel() else 0.0)
+    return {"error": error, "unequal": unequal}
+
+
+def copied(value: Any, *, upcast: bool) -> Any:
+    """The arguments anew, so that what an op writes into is nobody else's."""
+    if isinstance(value, Tensor):
+        return value.float() if upcast and value.is_floating_point() else value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(copied(v, upcast=upcast) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: copied(getattr(value, f.name), upcast=upcast) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for v in value:
+            yield from tensors(v)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from tensors(getattr(value, f.name))
