@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import targets
 from bench.environment import RESULTS, ROOT
 
 # What each figure is held against: so many times the speed of (a); and never slower than (b).
-AIMS = {("tiny", 1): 5.0, ("random100m", 1): 2.0, ("random100m", 32): 1.2}
+AIMS = {("tiny", 1): 5.0, ("random100m", 1): 2.0, ("random100m", 32): 1.2, **{("llama3-8b", n): 8.0 for n in (1, 8, 32)}}
 
 HEAD = """# Benchmarks
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(records: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The whole document; the same records give the same text."""
-    parts = [HEAD]
+    parts = [HEAD, _targets([record for _, record in records])]
     for kind, title, section in SECTIONS:
         mine = [(name, record) for name, record in records if record["benchmark"] == kind]
         if mine:
@@ -114,26 +115,91 @@ def _memory(record: dict[str, Any]) -> str:
 
 def _micro(record: dict[str, Any]) -> str:
     copy = next(f for f in record["figures"] if f["op"] == "device_copy")
-    rows = [
-        [
-            f["op"], f["model"], f["rows"], f"{f['microseconds']['median']:.1f}", f"{f['microseconds']['iqr']:.1f}",
+    settings, beside = record["settings"], any("error" in f for f in record["figures"])
+    rows = []
+    for f in record["figures"]:
+        if f is copy:
+            continue
+        micros = f["microseconds"]
+        row = [
+            f["op"], f["model"], f["rows"], f"{micros['median']:.1f}", f"{micros['iqr']:.1f}",
             f"{f['gb_per_second']:.2f}", f"{100 * f['gb_per_second'] / copy['gb_per_second']:.0f} %",
-        ]
-        for f in record["figures"]
-        if f is not copy
-    ]  # fmt: skip
+        ]  # fmt: skip
+        if beside:
+            reference = f.get("reference_microseconds")
+            row += [f"{reference:.1f}", f"{f['error']:.1e}"] if reference else ["", ""]
+        rows.append(row)
+    heads = ["op", "model", "rows", "µs", "IQR", "GB/s", "of the copy", *(["reference µs", "error"] if beside else [])]
+    error = (
+        " Beside it the reference op on the same device, and ‖out − expected‖ / ‖expected‖ against the reference in "
+        "fp32."
+        if beside
+        else ""
+    )
     return "\n".join(
         [
-            f"One call of each reference op in {record['settings']['dtype']}: median and interquartile range in µs, "
+            f"One call of each {settings['backend']} op in {settings['dtype']}: median and interquartile range in µs, "
             "and the bytes it has to move at least, per second. The device copy of the same run: "
             f"{copy['gb_per_second']:.1f} GB/s (read and written). More than 100 % means that a cache held the "
-            "arguments.\n",
-            _table(["op", "model", "rows", "µs", "IQR", "GB/s", "of the copy"], rows),
+            f"arguments.{error}\n",
+            _table(heads, rows),
         ]
     )
 
 
+def _targets(records: Sequence[dict[str, Any]]) -> str:
+    lines = targets.table(records)
+    if not any(case for _, case, *_ in lines):
+        lines = [(name, "–", bound, "–", verdict) for name, _, bound, _, verdict in lines]
+    heads = ["target", "case", "bound", "measured", "verdict"]
+    return (
+        "## What the decode loop is held to on a GPU\n\n"
+        "Ratios within one run of `bash bench/gpu.sh OUT`. How they come about, and what is predicted, is in "
+        "[docs/performance.md](../docs/performance.md).\n\n" + _table(heads, lines)
+    )
+
+
+def _step(record: dict[str, Any]) -> str:
+    rows = []
+    for f in record["figures"]:
+        cell = [f["model"], f["pairs"], f["prompt"]]
+        if f["status"] != "measured":
+            rows.append([*cell, f["status"], "", "", "", ""])
+            continue
+        ms, predicted = f["milliseconds"], f["predicted_milliseconds"]
+        speed = [f"{f['gb_per_second']:.0f}", f"{100 * f['of_copy']:.0f} %"]
+        rows.append([*cell, _spread(ms, 3), f"{predicted:.3f}", f"{ms['median'] / predicted:.2f}×", *speed])
+    heads = ["model", "pairs", "prompt", "ms", "predicted", "over predicted", "GB/s", "of the copy"]
+    return (
+        "Median (min–max) of one decode step of steered pairs (all blocks, random bf16 weights, KV of random numbers), "
+        "what the roofline predicts with this device's copy "
+        f"({record['copy']['gb_per_second']:.0f} GB/s, read and written), and the bytes that a step has to move at "
+        "least, per second.\n\n" + _table(heads, rows)
+    )
+
+
+def _overhead(record: dict[str, Any]) -> str:
+    rows = []
+    for f in record["figures"]:
+        cell = [f["model"], f["name"], f["rows"], f["prompt"]]
+        predicted = f"{f['predicted_ratio']:.3f}" if "predicted_ratio" in f else ""
+        if f["status"] != "measured":
+            rows.append([*cell, f["status"], predicted, "", ""])
+            continue
+        ms = f["milliseconds"]
+        rows.append(
+            [*cell, _spread(f["ratio"], 4), predicted, f"{ms['over']['median']:.3f}", f"{ms['under']['median']:.3f}"]
+        )
+    heads = ["model", "what over what", "rows", "prompt", "ratio", "predicted", "ms over", "ms under"]
+    return (
+        "Two seatings of one engine in turns: median (min–max) of the rounds' ratios, and both sides' median step.\n\n"
+        + _table(heads, rows)
+    )
+
+
 SECTIONS = (
+    ("step", "A decode step", _step),
+    ("overhead", "What steering, branches and sharing cost", _overhead),
     ("pairs", "Pairs per second, end to end", _pairs),
     ("memory", "Peak memory of a pair beside two single runs", _memory),
     ("micro", "The ops one by one", _micro),
@@ -143,8 +209,15 @@ SECTIONS = (
 def _where(name: str, e: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in e["versions"].items())
     changed = f", with {len(e['changed_files'])} changed file(s)" if e["changed_files"] else ""
+    gpu = e.get("gpu")
+    on = (
+        f"{gpu['name']} ({gpu['capability']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']} GiB, CUDA "
+        f"{gpu['cuda']}, driver {gpu['driver']}), host "
+        if gpu
+        else ""
+    )
     return (
-        f"<sub>`{name}`: {e['device']}, {e['threads']} threads on {e['cores']} cores ({e['instructions']}); "
+        f"<sub>`{name}`: {on}{e['device']}, {e['threads']} threads on {e['cores']} cores ({e['instructions']}); "
         f"Python {e['python']}, {versions}; commit {(e['commit'] or 'unknown')[:12]}{changed}; {e['date']}; "
         f"load {' '.join(map(str, e['load']))}.</sub>\n"
     )
@@ -153,7 +226,7 @@ def _where(name: str, e: dict[str, Any]) -> str:
 def _model(model: dict[str, Any]) -> str:
     names = {"tiny": "The model that ships with the package", "random100m": "A random Llama"}
     return (
-        f"{names[model['name']]}: {model['parameters'] / 1e6:.1f}M parameters, {model['num_hidden_layers']} blocks × "
+        f"{names.get(model['name'], model['name'] + ', random')}: {model['parameters'] / 1e6:.1f}M parameters, {model['num_hidden_layers']} blocks × "
         f"{model['hidden_size']}, vocabulary {model['vocab_size']}, {model['dtype']}"
     )
 

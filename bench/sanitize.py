@@ -37,8 +37,8 @@ class Check:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-# Without torch's caching every tensor is an allocation of its own, so that a read beyond its end is seen; a graph cannot
-# be captured that way.
+# Without torch's caching every tensor is an allocation of its own, so that a read beyond its end is seen; a graph
+# cannot be captured that way.
 _NO_CACHE = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 CHECKS = (
     Check("short run, so that everything is compiled", None, ()),

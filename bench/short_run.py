@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run(device: str, backend: str, dtype: torch.dtype, graphs: bool) -> None:
-    """Pairs and ladders, every scope, several terms, all filters, rows that join and leave, prompts over several splits."""
+    """Pairs and ladders, every scope, several terms, all filters, rows that join and leave, prompts of several splits."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=80, num_hidden_layers=N_LAYERS, num_attention_heads=6,

@@ -85,12 +85,13 @@ def _overhead_targets() -> Iterator[Target]:
     off = "over steering off"
     for model in ("llama3-8b", "qwen2-1.5b"):
         if model == "llama3-8b":
-            yield most("all blocks steered over unsteered, 8B", f"all blocks {off}", model, 1.01, _everywhere)
+            yield most("8B: all blocks steered over unsteered", f"all blocks {off}", model, 1.01, _everywhere)
         else:
             at_256 = lambda f: f["rows"] == 256  # noqa: E731
-            yield most("all blocks steered over unsteered, 1.5B", f"all blocks {off}", model, 1.02, at_256)
-        yield most("3 directions × all blocks", f"3 directions × all blocks {off}", model, 1.04, _everywhere)
-        yield most("256 distinct steerings over 1", "256 distinct steerings over 1", model, 1.02, _everywhere)
+            yield most("1.5B: all blocks steered over unsteered", f"all blocks {off}", model, 1.02, at_256)
+        size = {"llama3-8b": "8B", "qwen2-1.5b": "1.5B"}[model]
+        yield most(f"{size}: 3 directions × all blocks over unsteered", f"3 directions × all blocks {off}", model, 1.04, _everywhere)
+        yield most(f"{size}: 256 distinct steerings over 1", "256 distinct steerings over 1", model, 1.02, _everywhere)
     pair = _compared("a pair over a single branch", "llama3-8b", _everywhere)
     yield Target("a pair over a single branch", "overhead", "at most", 1.1, "×", pair)
     ladder = _compared("8 sequential branches over a ladder of 8", "llama3-8b", _everywhere)
