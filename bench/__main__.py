@@ -4,30 +4,29 @@ benchmark alone. What takes a GPU is one command of its own: `bash bench/gpu.sh 
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from bench import memory, overhead, pairs, results, sanitize, step, targets
-from bench.environment import ROOT
+from bench import ROOT
 
 
-def micro(arguments: Sequence[str] | None = None) -> None:
+def micro(arguments: Sequence[str]) -> None:
     """The ops one by one, through pytest-benchmark."""
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--benchmark-max-time=0.2", "-q"]
-    subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *(arguments or [])], cwd=ROOT, check=True)
+    subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *arguments], cwd=ROOT, check=True)
 
 
-ONE: dict[str, Callable[[list[str]], None]] = {
-    "pairs": pairs.main,
-    "memory": memory.main,
-    "micro": micro,
-    "step": step.main,
-    "overhead": overhead.main,
-    "sanitize": sanitize.main,
-    "targets": targets.main,
-    "results": results.main,
-}
+ONE = ("pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "results")
+
+
+def run(name: str, arguments: Sequence[str] = ()) -> None:
+    """One benchmark. It is imported when it runs: what reads results needs neither torch nor transformers."""
+    if name == "micro":
+        micro(arguments)
+    else:
+        importlib.import_module(f"bench.{name}").main(list(arguments))
 
 
 def main() -> None:
@@ -36,15 +35,15 @@ def main() -> None:
     options, rest = parser.parse_known_args(sys.argv[1:2])
     rest += sys.argv[2:]
     if options.name != "all":
-        ONE[options.name](rest)
+        run(options.name, rest)
         return
     if rest:
         parser.error(f"{rest}: options belong to one benchmark, say which of {list(ONE)}")
-    micro()
+    run("micro")
     for model in ("tiny", "random100m"):
-        pairs.main(["--model", model])
-        memory.main(["--model", model])
-    results.main([])
+        run("pairs", ["--model", model])
+        run("memory", ["--model", model])
+    run("results")
 
 
 if __name__ == "__main__":

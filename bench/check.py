@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ def compare(
     for out, right in zip(tensors((returned, ours)), tensors((expected, theirs)), strict=True):
         if right.is_floating_point():
             difference = float((out.double() - right.double()).norm() / right.double().norm().clamp(min=1e-30))
-            error = difference if difference != difference or error != error else max(error, difference)
+            error = math.nan if math.isnan(error + difference) else max(error, difference)
         else:
             unequal = max(unequal, float((out != right).float().mean()) if right.numel() else 0.0)
     return {"error": error, "unequal": unequal}

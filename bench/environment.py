@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+from bench import RESULTS, ROOT
+
 PACKAGES = ("icon2_rt", "torch", "triton", "transformers", "numpy", "safetensors")
 
 

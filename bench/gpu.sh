@@ -40,7 +40,8 @@ BEGUN=$SECONDS
 say() { echo "== $*" | tee -a "$LOG"; }
 
 prepare() {
-  local here="import icon2_rt.kernels, sys; sys.exit(not icon2_rt.__file__.startswith('$ROOT/'))"
+  # In a fresh place and without importing it: is it this checkout that this Python has?
+  local here="import sys; from importlib.util import find_spec; sys.exit(not find_spec('icon2_rt').origin.startswith('$ROOT/'))"
   (cd / && "$PYTHON" -c "$here" 2>/dev/null) && return
   say "installing this checkout into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
   "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e "$ROOT" 2>&1 | tee -a "$LOG"
@@ -57,8 +58,9 @@ stage() {
   (( DRY )) && dry=(--dry)
   case $1 in
     tests)
-      if (( DRY )); then export GPU_LANE_DEVICE=cpu; fi
-      guarded "$PYTHON" -m pytest tests/gpu -q --durations=5 --timeout=240 2>&1 | tee "$OUT/tests.log" ;;
+      local part=()
+      (( DRY )) && export GPU_LANE_DEVICE=cpu && part=(-k '(test_steps and fp32) or test_reading or (test_kernels and odd and bfloat16)')
+      guarded "$PYTHON" -m pytest tests/gpu -q --durations=5 --timeout=240 "${part[@]}" 2>&1 | tee "$OUT/tests.log" ;;
     micro)
       local quick=(--benchmark-max-time=0.1 --benchmark-min-rounds=5)
       (( DRY )) && quick=(--benchmark-max-time=0.001 --benchmark-min-rounds=1 --benchmark-warmup=off -k 'copy or tiny-silu or tiny-1')

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from bench import hf, subjects
-from bench.environment import ROOT, environment, load, write
+from bench import ROOT, hf, subjects
+from bench.environment import environment, load, write
 from icon2_rt import Runtime
 
 WAYS = {

@@ -104,7 +104,10 @@ def kv_bytes(spec: DecoderSpec, itemsize: int) -> int:
 
 def sizes_table() -> str:
     """What one step of each decoder reads and launches, whatever the batch."""
-    lines = ["| decoder | weights a step reads | KV of a token | launches | their time |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| decoder | weights a step reads | KV of a token | launches | their time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in ("llama3-8b", "qwen2-7b", "qwen2-1.5b"):
         load = Load(SHAPES[name], 1, 2, 256)
         kv = kv_bytes(load.spec, load.itemsize) / 1024
@@ -165,5 +168,9 @@ def targets_table() -> str:
         ("unshared over shared, 32 × 8192", "1.55×", *factor(replace(far, shared=False), far)),
         ("one 8B pair, of the copy's bandwidth", "75 %, then 85 %", *share),
     ]
-    lines = ["| target | bound | H100 | H200 |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [
+        "| target | bound | H100 | H200 |",
+        "| --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
     return "\n".join(lines) + "\n"

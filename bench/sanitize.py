@@ -18,7 +18,7 @@ from pathlib import Path
 
 from triton.runtime.jit import JITFunction
 
-from bench.environment import ROOT
+from bench import ROOT, short_run
 from icon2_rt import kernels
 
 FOUND = 9  # exit code of a checker that found something
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="the short run alone, with the reference ops on the CPU")
     options = parser.parse_args(argv)
     if options.dry:
-        subprocess.run([*RUN, "--dry"], cwd=ROOT, check=True)
+        short_run.dry()
         print(f"kernels that a checker would look at: {', '.join(kernel_names())}")
         return
     checker = shutil.which("compute-sanitizer") or next((p for p in PLACES if Path(p).exists()), None)

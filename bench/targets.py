@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.environment import RESULTS
+from bench import RESULTS
 
 Record = dict[str, Any]
 # What was measured where: (the case, its value or the reason why there is none).
@@ -90,7 +90,13 @@ def _overhead_targets() -> Iterator[Target]:
             at_256 = lambda f: f["rows"] == 256  # noqa: E731
             yield most("1.5B: all blocks steered over unsteered", f"all blocks {off}", model, 1.02, at_256)
         size = {"llama3-8b": "8B", "qwen2-1.5b": "1.5B"}[model]
-        yield most(f"{size}: 3 directions × all blocks over unsteered", f"3 directions × all blocks {off}", model, 1.04, _everywhere)
+        yield most(
+            f"{size}: 3 directions × all blocks over unsteered",
+            f"3 directions × all blocks {off}",
+            model,
+            1.04,
+            _everywhere,
+        )
         yield most(f"{size}: 256 distinct steerings over 1", "256 distinct steerings over 1", model, 1.02, _everywhere)
     pair = _compared("a pair over a single branch", "llama3-8b", _everywhere)
     yield Target("a pair over a single branch", "overhead", "at most", 1.1, "×", pair)

@@ -282,11 +282,27 @@ def _checks() -> str:
     return _table(["check", "green; red", "means", "what to do"], escaped)
 
 
+def _roofline(name: str) -> Callable[[], str]:
+    def table() -> str:
+        sys.path.insert(0, str(ROOT))  # bench/ is a part of the checkout, not of what is installed
+        try:
+            from bench import roofline
+        finally:
+            sys.path.remove(str(ROOT))
+        made: str = getattr(roofline, name)()
+        return made
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families": _families,
     "commands": _commands,
     "settings": _settings,
     "checks": _checks,
+    "step_sizes": _roofline("sizes_table"),
+    "step_times": _roofline("steps_table"),
+    "step_targets": _roofline("targets_table"),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.roofline import LAUNCHES_AROUND, LAUNCHES_PER_BLOCK
+from bench.sanitize import kernel_names
 from bench.seats import without_steering
 from icon2_rt import Direction, Runtime
 from icon2_rt.engine import graphs as engine_graphs
@@ -134,8 +135,12 @@ def test_a_step_is_no_more_launches_than_are_counted_on(rt, d):
             torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA]
     kernels = [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
-    assert kernels
-    assert len(kernels) <= LAUNCHES_PER_BLOCK * rt.spec.n_layers + LAUNCHES_AROUND, kernels
+    ours = [name for name in kernels if name in kernel_names()]
+    n_layers, products = rt.spec.n_layers, 4
+    assert ours
+    assert len(ours) <= (LAUNCHES_PER_BLOCK - products) * n_layers + LAUNCHES_AROUND - 2, ours
+    # A product of few rows may be split, and then it is two launches.
+    assert len(kernels) - len(ours) <= 2 * products * n_layers + 3, kernels
 
 
 def test_changed_strengths_take_effect_without_a_capture(d, rt, monkeypatch):

@@ -1,0 +1,243 @@
+"""The benchmarks run: the one command for a GPU machine, dry on the CPU, and the arithmetic and verdicts behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import overhead, results, step, targets
+from bench.check import compare, poisoned
+from bench.roofline import H200, Load
+from bench.seats import Seating, attention_items, requests
+from bench.shapes import SHAPES, config, transformers_model
+from icon2_rt.models import family_of, read_spec, take_weights
+from tools.refresh_readme import ROOT
+
+STAGES = ("micro", "step", "overhead", "e2e", "sanitize")
+
+
+def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    command = ["bash", ROOT / "bench" / "gpu.sh", out, *arguments]
+    return subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, check=False)
+
+
+# --- the one command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("dry") / "out"
+    done = gpu_sh(out, "--dry")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return out, done
+
+
+def test_every_stage_runs_and_the_table_comes_last(dry):
+    out, done = dry
+    for name in ("tests", *STAGES):
+        assert f"== {name}: done in" in done.stdout
+    assert (out / "table.txt").read_text() == done.stdout[-len((out / "table.txt").read_text()) :]
+    assert "0 stage(s) failed" in done.stdout
+
+
+def test_at_most_eight_files_are_left(dry):
+    out, _ = dry
+    names = sorted(path.name for path in out.iterdir())
+    assert len(names) == 8
+    kinds = [name.split("-")[0] for name in names if name.endswith(".json")]
+    assert kinds == ["micro", "overhead", "pairs", "step"]
+    assert {"log.txt", "tests.log", "sanitize.log", "table.txt"} < set(names)
+
+
+def test_the_lane_ran_and_nothing_in_it_failed(dry):
+    log = (dry[0] / "tests.log").read_text()
+    assert " passed" in log
+    assert " failed" not in log
+    assert "there are no CUDA graphs without a CUDA GPU" in log
+
+
+def test_the_records_hold_what_a_figure_needs(dry):
+    out, _ = dry
+    records = {path.name.split("-")[0]: json.loads(path.read_text()) for path in out.glob("*.json")}
+    for record in records.values():
+        assert record["environment"]["versions"]["torch"] == torch.__version__
+        assert record["figures"]
+    for name in ("step", "overhead"):
+        found = [figure["status"] for figure in records[name]["figures"]]
+        assert found[:-1] == ["measured"] * (len(found) - 1)
+        assert found[-1].startswith("does not fit: ")  # the last cell is too large on purpose
+        assert records[name]["copy"]["gb_per_second"] > 0
+    # What is stored is what RESULTS.md is made from.
+    text = results.report(list(records.items()))
+    for title in ("A decode step", "What steering, branches and sharing cost", "The ops one by one"):
+        assert f"## {title}\n" in text
+    assert "8 sequential branches over a ladder of 8" in text
+
+
+def test_a_stage_that_takes_too_long_is_stopped_and_the_rest_goes_on(tmp_path):
+    done = gpu_sh(tmp_path / "out", "--dry", "sanitize", STAGE_SECONDS="1")
+    assert done.returncode == 1
+    assert "sanitize: stopped by the watchdog" in done.stdout
+    assert "1 stage(s) failed: sanitize" in done.stdout
+    assert "not measured" in done.stdout  # the table, in spite of all
+
+
+@pytest.mark.parametrize("arguments", [(), ("OUT", "sing"), ("OUT", "--wet")])
+def test_a_wrong_command_says_what_would_be_right(arguments, tmp_path):
+    command = ["bash", ROOT / "bench" / "gpu.sh", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "bash bench/gpu.sh OUT [tests|micro|step|overhead|e2e|sanitize] [--dry]\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a CUDA GPU")
+@pytest.mark.parametrize("stage", [step, overhead])
+def test_without_a_gpu_only_the_dry_run_runs(stage, tmp_path, capsys):
+    for arguments, why in ([], "needs a CUDA GPU"), (["--dry"], "--out FOLDER"):
+        with pytest.raises(SystemExit) as refused:
+            stage.main(arguments)
+        assert refused.value.code == 2
+        assert why in capsys.readouterr().err
+
+
+def test_out_of_time_is_recorded(tmp_path):
+    step.main(["--dry", "--limit", "-1", "--out", str(tmp_path / "step.json")])
+    figures = json.loads((tmp_path / "step.json").read_text())["figures"]
+    assert {figure["status"] for figure in figures} == {"not reached: out of time"}
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_a_shape_has_the_sizes_it_says():
+    model = transformers_model("dry", torch.device("cpu"), torch.float32)
+    assert read_spec(model, family_of(model)) == SHAPES["dry"]
+    weights = take_weights(model, family_of(model), torch.device("cpu"), keep_model=False)
+    read = sum(t.numel() for layer in weights.layers for t in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    assert Load(SHAPES["dry"], 1, 2, 8, itemsize=1).weights == read + weights.lm_head.numel()
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "qwen2-7b", "qwen2-1.5b"])
+def test_a_configuration_of_a_real_size_is_supported(name):
+    made = config(name, torch.bfloat16)
+    assert made.hidden_size // made.num_attention_heads == SHAPES[name].head_dim
+    assert not getattr(made, "use_sliding_window", False)
+
+
+def test_a_pair_pushes_both_ways_and_a_ladder_is_one_group():
+    class Sizes:
+        class model:
+            spec = SHAPES["dry"]
+
+    pair = requests(Seating("dry", 3), Sizes, 4)  # type: ignore[arg-type]
+    assert [len(r.branches) for r in pair] == [2, 2, 2]
+    plus, minus = (branch.steering for branch in pair[0].branches)
+    assert plus is not None
+    assert minus is not None
+    assert torch.equal(plus.alpha, -minus.alpha)
+    alone = requests(Seating("dry", 3, shared=False), Sizes, 4)  # type: ignore[arg-type]
+    assert [len(r.branches) for r in alone] == [1] * 6
+    ladder = requests(Seating("dry", 1, branches=8, distinct=4), Sizes, 4)  # type: ignore[arg-type]
+    assert len({id(branch.steering) for branch in ladder[0].branches}) == 4
+
+
+@pytest.mark.parametrize("model", overhead.MODELS)
+def test_every_target_has_its_comparison(model):
+    made = overhead.comparisons(model)
+    assert len({(c.name, c.over) for c in made}) == len(made)
+    named = [{"model": model, "name": c.name, "rows": c.over.rows, "groups": c.over.groups, "prompt": c.over.prompt,
+              "status": "not reached: out of time"} for c in made]  # fmt: skip
+    record = {"benchmark": "overhead", "figures": named}
+    size = "8B" if model == "llama3-8b" else "1.5B"
+    for target in targets.TARGETS:
+        if target.benchmark == "overhead" and (
+            target.name.startswith(size) or (size == "8B" and ":" not in target.name)
+        ):
+            assert list(target.read(record)), target.name
+
+
+def test_pages_are_shared_and_counted():
+    spec = SHAPES["dry"]
+    items, n_pages, read = attention_items(spec, 3, 2, 100, 21, 16, 4, torch.device("cpu"))
+    # 6 full pages a prompt are shared; 121 positions are 8 pages, so each of the 6 rows has 2 of its own.
+    assert n_pages == 3 * 6 + 6 * 2
+    assert read == 3 * 96 + 6 * 25
+    lengths = items.lengths.tolist()
+    rows_of = (items.rows >= 0).sum(dim=1).tolist()
+    assert sum(n * m for n, m in zip(lengths, rows_of, strict=True)) == 6 * 121
+    assert items.n_splits.tolist() == [2] * 6
+
+
+# --- predictions, checks, verdicts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "prompt", "unshared", "shared"),
+    [(1, 256, 3.51, 3.51), (8, 2048, 4.55, 4.05), (32, 8192, 19.7, 11.7), (32, 2048, 7.74, 5.74)],
+)
+def test_the_roofline_is_the_sum_that_one_does_by_hand(pairs, prompt, unshared, shared):
+    """Weights and KV alone at 4.3 TB/s, 128 tokens generated: worked out beforehand."""
+    for expected, together in ((unshared, False), (shared, True)):
+        load = Load(SHAPES["llama3-8b"], pairs, 2, prompt, generated=128, shared=together)
+        assert 1e3 * (load.weights + load.kv) / H200.copy == pytest.approx(expected, rel=0.01)
+        assert load.milliseconds(H200) > expected
+
+
+def test_what_is_wrong_shows_in_the_comparison():
+    x = torch.randn(4, 8)
+
+    def forgets(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        out[:3] = 2 * x[:3]
+        return out
+
+    assert compare(lambda x: 2 * x, lambda x: 2 * x, (x,)) == {"error": 0.0, "unequal": 0.0}
+    assert compare(lambda x: 2.1 * x, lambda x: 2 * x, (x,))["error"] == pytest.approx(0.05)
+    error = compare(forgets, lambda x: 2 * x, (x,))["error"]
+    assert error != error  # NaN: the row that it forgot is poison
+    assert compare(lambda x: x.zero_(), lambda x: x, (x,))["error"] == pytest.approx(1.0)  # what it writes into counts
+    assert not torch.are_deterministic_algorithms_enabled()
+    with poisoned():
+        assert bool(torch.empty(5).isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "verdict"),
+    [
+        ("8B: all blocks steered over unsteered", 1.004, "reached"),
+        ("8B: all blocks steered over unsteered", 1.0125, "missed by 0.25 points"),
+        ("8 sequential branches over a ladder of 8", 5.5, "missed by 0.50×"),
+        ("8 sequential branches over a ladder of 8", 7.9, "reached"),
+        ("one 8B pair, of the copy's bandwidth", 0.7, "missed by 5.00 points"),
+    ],
+)
+def test_verdicts(name, value, verdict):
+    (target,) = [t for t in targets.TARGETS if t.name == name]
+    assert target.verdict(value) == verdict
+
+
+def test_the_table_of_targets():
+    def figure(name: str, **more: Any) -> dict[str, Any]:
+        return {"model": "llama3-8b", "name": name, "rows": 64, "groups": 32, "prompt": 2048, **more}
+
+    figures = [
+        figure("unshared over shared", status="measured", ratio={"median": 1.3}),
+        figure("unshared over shared", prompt=8192, status="does not fit: 68 GiB of KV, and there are 57"),
+    ]
+    on_gpu = {"gpu": {"name": "a GPU"}}
+    record = {"benchmark": "overhead", "settings": {}, "environment": on_gpu, "figures": figures}
+    lines = {line[0]: line for line in targets.table([record])}
+    assert lines["unshared over shared, 32 × 2048"][2:] == ("at least 1.25×", "1.30×", "reached")
+    assert lines["unshared over shared, 32 × 8192"][3:] == (figures[1]["status"], "not measured")
+    assert lines["a pair over a single branch"][1:] == ("", "at most 1.10×", "", "not measured")
+    # A CPU's figures are not held to them.
+    record["environment"] = {"gpu": None}
+    assert all(line[-1] == "not measured" for line in targets.table([record]))
