@@ -432,7 +432,6 @@ def test_a_calibration_alone_and_the_run_that_goes_on_from_it(
     config = _config(
         model,
         pairs={"positive": None, "negative": None, "max_new_tokens": 8, "unit": "dose", "noise": "common"},
-        calibrate=True,
         calibration={
             "doses": [0.1, 0.3],
             "instructions": 20,

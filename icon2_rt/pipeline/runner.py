@@ -107,7 +107,8 @@ def find_strengths(
 
     Returns: the content of ``strengths.json``; beside it ``calibration.svg`` shows the ladder.
     """
-    config = dataclasses.replace(config, calibrate=True)
+    if not config.calibrates:  # one that does is left as it is: `run` with it must find its own folder
+        config = dataclasses.replace(config, calibrate=True)
     with RunFolder(out) as folder:
         work = _Work(config, folder, watch, rt)
         job, timed = work.job, work.timed
