@@ -267,6 +267,56 @@ def export(
     display.console().print(f"  {len(rows)} rows in {out}, from {result.report['counts']['pairs']} records")
 
 
+@app.command()
+def answers(
+    model: Model,
+    form: Annotated[str, typer.Option("--format", help="alpaca_eval or arena_hard.")],
+    questions: Annotated[Path, typer.Option(help="The benchmark's questions: its .json or .jsonl file.")],
+    out: Annotated[Path, typer.Option(help="Where to write them: .json for alpaca_eval, .jsonl for arena_hard.")],
+    name: Annotated[
+        str | None, typer.Option(help="What the benchmark shall call the model; by default --out's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 2048,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """A model's answers to a benchmark's questions, for the benchmark's own judge. The model may be a trained one."""
+    from icon2_rt import display
+    from icon2_rt.atomic import write_atomic
+    from icon2_rt.pipeline import answers as answering
+    from icon2_rt.pipeline.config import RunConfig
+    from icon2_rt.pipeline.loading import load_runtime
+
+    _one_of("--format", form, answering.BENCHMARKS)
+    _writable(out, (".json" if form == "alpaca_eval" else ".jsonl",))
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("--max-new-tokens must be at least 1, and --temperature at least 0")
+    asked = answering.read_questions(questions, form)  # type: ignore[arg-type]  # checked above
+    settings = RunConfig.from_dict(
+        {"model": model, "seed": seed, "runtime": {"device": device, "backend": backend, "dtype": dtype}},
+        source="icon2 answers",
+    )
+    with display.Steps() as watch:
+        watch("model", 0, 1)
+        rt = load_runtime(settings)
+        watch("model", 1, 1)
+        records = answering.answer(
+            rt,
+            asked,
+            form,  # type: ignore[arg-type]
+            name or out.stem,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            done=lambda n: watch("answers", n, len(asked)),
+        )
+    write_atomic(out, answering.to_bytes(records, form))  # type: ignore[arg-type]
+    display.console().print(f"  {len(records)} answers in {out}")
+
+
 @app.command("costs")
 def show_costs(
     run: Annotated[Path, typer.Argument(help="A finished run of the method.")],

@@ -17,7 +17,19 @@ from tests.models import tiny_llama, tiny_tokenizer
 
 Icon2 = Callable[..., tuple[int, str, str]]
 
-COMMANDS = ["demo", "run", "calibrate", "directions", "instructions", "pairs", "export", "costs", "bench", "doctor"]
+COMMANDS = [
+    "demo",
+    "run",
+    "calibrate",
+    "directions",
+    "instructions",
+    "pairs",
+    "export",
+    "answers",
+    "costs",
+    "bench",
+    "doctor",
+]
 CRITERIA = (
     '[kind]\npositive = "Be kind."\nnegative = "Be cruel."\n[brief]\npositive = "Be brief."\nnegative = "Talk."\n'
 )

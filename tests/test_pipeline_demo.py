@@ -76,7 +76,7 @@ def test_the_examples_are_valid(path: Path) -> None:
 
 
 def test_the_papers_example_has_the_papers_settings() -> None:
-    config = RunConfig.load(EXAMPLES / "paper.toml")
+    config = RunConfig.load(EXAMPLES / "llama3-8b.toml")
     assert (config.pairs.positive, config.pairs.negative, config.filter.keep) == (0.1, -0.05, 0.1)
     assert (config.directions.features, config.instructions.draws, config.filter.scale) == (1024, 1_000_000, "raw")
 
