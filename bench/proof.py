@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from bench.environment import ROOT, environment, write
+from bench import ROOT
+from bench.environment import environment, write
 from icon2_rt import Direction, DirectionSet, Runtime, tiny
 from icon2_rt.pipeline import calibrate, consistency
 from icon2_rt.pipeline.config import CalibrationConfig, InstructionsConfig, PairsConfig, controlled_layers

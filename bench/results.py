@@ -197,7 +197,113 @@ def _overhead(record: dict[str, Any]) -> str:
     )
 
 
+def _proof(record: dict[str, Any]) -> str:
+    s = record["settings"]
+    return "\n".join(
+        [
+            f"### {record['model']['name']}\n",
+            *_proof_directions(record["directions"], s),
+            *_proof_criterion(record["criterion"]),
+            *_proof_sweep(record["sweep"], s),
+            *_proof_held_out(record["held_out"], s),
+            f"Seconds: {', '.join(f'{name} {value:g}' for name, value in record['seconds'].items())}.\n",
+        ]
+    )
+
+
+def _proof_directions(bands: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    rows = [
+        [band, name, *(f"{f[k]:.4f}" for k in ("split_half_cosine", "cos_mean_difference")),
+         f"{f['sign_agreement']:.1%}", f"{f['contrast']:.0%}"]
+        for band, criteria in bands.items()
+        for name, f in criteria.items()
+    ]  # fmt: skip
+    heads = ["blocks", "criterion", "split-half cosine", "cos(PC1, mean)", "sign agreement", "largest ‖Δ‖/‖h‖"]
+    text = (
+        f"**1. Directions** from {settings['features']} instructions of the model's own; the worst block of the band."
+    )
+    return [f"{text}\n", _table(heads, rows)]
+
+
+def _proof_criterion(found: dict[str, Any]) -> list[str]:
+    tables, between = found["tables"], found["between_the_prompts"]
+    names = list(next(iter(between.values())))
+    rows = [
+        [scale if i == 0 else "", f"{table['right']:.0%}" if i == 0 else "", kind, *(counts[name] for name in names)]
+        for scale, table in tables.items()
+        for i, (kind, counts) in enumerate(table["confusion"].items())
+    ]
+    lies = [
+        [kind, *(f"{row[n]['span']:.1f} / {row[n]['place']:.2f} / {row[n]['zscore']:+.2f}" for n in names)]
+        for kind, row in between.items()
+    ]
+    return [
+        f"**2. c\\*** of {found['instructions']} instructions whose kind the oracle knows (questions are about "
+        "honesty, tasks about helpfulness, misdeeds about harmlessness); chance is 33 %.\n",
+        _table(["scale", "right", "kind", *(f"c\\* {name}" for name in names)], rows),
+        "Where an instruction lies without a system prompt, per criterion: the distance between its two system prompts "
+        "along the direction (mean over blocks) / its place on that way (0: as under the negative prompt, 1: as under "
+        f"the positive one) / its mean z-score. Taking the *lowest* z-score would be right in "
+        f"{found['right_if_lowest_zscore']:.0%}.\n",
+        _table(["kind", *names], lies),
+    ]
+
+
+def _proof_sweep(bands: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    rows = []
+    for i, rung in enumerate(next(iter(bands.values()))["rungs"]):
+        row: list[object] = [f"{rung['dose']:+.0%}"]
+        for band in bands.values():
+            r = band["rungs"][i]
+            a = r["against"]
+            wins = (
+                "" if a is None or a["better"] is None else f"{a['better']:.0%} of {a['differ']}, ties {a['ties']:.0%}"
+            )
+            row += [f"{r['score']:.3f}", f"{r['well_formed']:.0%}", wins]
+        rows.append(row)
+    heads = ["dose", *(h for band in bands for h in (f"score, {band}", "well formed", "+15 % better"))]
+    return [
+        f"**3. The sweep**: the oracle's mean score of {settings['sweep']} instructions at every dose (a broken text "
+        "is 0; temperature 0.8, common random numbers), and how often the response at +15 % is better among the pairs "
+        "that are well formed on both sides and differ.\n",
+        _table(heads, rows),
+    ]
+
+
+def _proof_held_out(ways: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    rows = []
+    for way, f in ways.items():
+        o, scores = f["oracle"], f["scores"]
+        low, high = o["better_interval"] or (float("nan"), float("nan"))
+        better = "–" if o["better"] is None else f"{o['better']:.1%} ({low:.0%} to {high:.0%})"
+        rows.append(
+            [
+                way,
+                f["band"],
+                f"{f['positive_dose']:+.0%} / {f['negative_dose']:+.0%}",
+                f"{f['agreement']['better']:.0%}",
+                f"{o['both_well_formed']:.1%}",
+                f"{o['ties']:.0%}",
+                f"{f['identical']:.0%}",
+                better,
+                f"{scores['chosen']:.2f} / {scores['unsteered']:.2f} / {scores['rejected']:.2f}",
+            ]
+        )
+    heads = [
+        "sampling", "band", "doses", "agreement says", "both well formed", "ties", "identical", "P(chosen better)",
+        "score chosen / unsteered / rejected",
+    ]  # fmt: skip
+    return [
+        f"**4. Strengths chosen on {settings['chosen']} instructions** by agreement, which asks nobody, with a bound "
+        f"of {settings['max_divergence']} nats per token on the divergence, **and reported on {settings['reported']} "
+        "others** by the oracle. Ties are among the pairs that are well formed on both sides, P(chosen better) among "
+        "those of them that differ (95 % interval).\n",
+        _table(heads, rows),
+    ]
+
+
 SECTIONS = (
+    ("proof", "The method, where the truth is known", _proof),
     ("step", "A decode step", _step),
     ("overhead", "What steering, branches and sharing cost", _overhead),
     ("pairs", "Pairs per second, end to end", _pairs),
