@@ -73,6 +73,16 @@ def test_scopes_mixed_in_one_list(layer: int) -> None:
     )
 
 
+def test_items_of_one_row_over_the_same_pages() -> None:
+    # Bitwise on a GPU; the interpreter's products are numpy's, whose order of summation is its own affair.
+    s, alone = scene(MIXED), scene(MIXED, shared=False)
+    assert alone.items.count > s.items.count
+    assert_right(alone)
+    torch.testing.assert_close(
+        grouped_decode_attention(*alone.arguments()), grouped_decode_attention(*s.arguments()), rtol=1e-6, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("hidden", [torch.nan, torch.inf, -7.0])
 def test_what_does_not_exist_has_no_influence(hidden: float) -> None:
     zero = grouped_decode_attention(*scene(MIXED, hidden=0.0).arguments())
