@@ -16,7 +16,7 @@ from icon2_rt.ops.attention import AttentionItems, grouped_decode_attention
 from icon2_rt.ops.begin_step import begin_step, rotary
 from icon2_rt.ops.linear import linear
 from icon2_rt.ops.philox import exponential_noise, philox, row_seeds
-from icon2_rt.ops.prefill import Segment, Segments, prefill_attention
+from icon2_rt.ops.prefill import Segment, Segments, prefill_attention, prefill_attention_by_library
 from icon2_rt.ops.rope_append import rope_append
 from icon2_rt.ops.sample import RowSampling, sample
 from icon2_rt.ops.silu_mul import silu_mul
@@ -94,6 +94,7 @@ def triton_ops() -> Ops:
         add_steer_rmsnorm=add_steer_rmsnorm,
         rope_append=rope_append,
         grouped_decode_attention=grouped_decode_attention,
+        prefill_attention=prefill_attention_by_library,
         silu_mul=silu_mul,
         sample=sample,
     )
