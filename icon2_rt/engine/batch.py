@@ -119,7 +119,8 @@ class Batch:
                     _put(self.buffers.state.running[seat : seat + 1], np.zeros(1, dtype=bool))
         while self.rows and self.rows[-1] is None:
             self.rows.pop()
-        self._valid = 0
+        if not self.fixed:  # else the layout still holds: an item that only such a seat needs has no length
+            self._valid = 0
 
     def clear(self) -> None:
         """Nobody runs; results under way are nobody's."""
