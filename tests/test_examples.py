@@ -149,7 +149,7 @@ def test_the_paper_s_models_from_instructions_to_pairs(name: str, tmp_path: Path
         pairs=dataclasses.replace(given.pairs, max_new_tokens=12),
     )
     result = run(config, tmp_path / "run", rt=rt)
-    assert result.manifest["controlled_layers"] == list(range(9, 20))
+    assert result.manifest["controlled_layers"] == {"9:20": list(range(9, 20))}
     records = list(result.records())
     assert records
     assert {(r["strength_positive"], r["strength_negative"]) for r in records} == {(0.1, -0.05)}
