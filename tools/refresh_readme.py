@@ -151,7 +151,7 @@ def _command(command: str, where: str) -> str:
         from icon2_rt import cli
 
         return _in_this_process(words, cli.main, where)
-    if program == "python" and words[1].startswith("tools/"):
+    if program == "python" and words[1].startswith(("tools/", "examples/")):
         return _in_this_process(words[1:], lambda: runpy.run_path(words[1], run_name="__main__"), where)
     if program == "make":
         done = subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], capture_output=True, text=True, check=False)
