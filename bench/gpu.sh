@@ -58,7 +58,9 @@ stage() {
   (( DRY )) && dry=(--dry)
   case $1 in
     tests)
+      # Most of the lane's time is compiling: in several processes, where pytest-xdist is there.
       local part=()
+      "$PYTHON" -c 'import xdist' 2>/dev/null && (( ! DRY )) && part=(-n 6)
       (( DRY )) && export GPU_LANE_DEVICE=cpu && part=(-k '(test_steps and fp32) or test_reading or (test_kernels and odd and bfloat16)')
       guarded "$PYTHON" -m pytest tests/gpu -q --durations=5 --timeout=240 "${part[@]}" 2>&1 | tee "$OUT/tests.log" ;;
     micro)

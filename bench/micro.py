@@ -49,7 +49,7 @@ class Bench:
 
     @cached_property
     def ops(self) -> Ops:
-        return select("auto", self.device)
+        return select("triton" if self.device.type == "cuda" else "reference", self.device)
 
 
 CPU = Bench(torch.device("cpu"), torch.float32, ("tiny", "random100m"), (2, 16, 64), ((1, 192), (8, 192)), 32, 4)

@@ -126,6 +126,7 @@ def compared(stage: Stage, seats: Seats, comparison: Comparison) -> dict[str, An
         return {
             "milliseconds": {name: timing_of([t for turn in turns for t in turn]) for name, turns in times.items()},
             "ratio": Timing.of(ratios).record(),
+            "graphed": seats.graphed(max(over.rows, under.rows)),
         }
 
     found = attempt(work, seats, WARM_UP + stage.steps + 8, over, under)

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     model = subjects.load(options.model, device)
     # On a GPU the other contestants need room for a model and a cache of their own.
     kv_memory = "12GiB" if device.type == "cuda" else None
-    runtime = Runtime(model, keep_model=True, device=device, kv_memory=kv_memory)
+    backend = "triton" if device.type == "cuda" else "auto"
+    runtime = Runtime(model, keep_model=True, device=device, backend=backend, kv_memory=kv_memory)
     steerings = subjects.steerings(model, subjects.prompts(options.model, 1)[0])
     record: dict[str, Any] = {
         "benchmark": "pairs",

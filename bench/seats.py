@@ -74,7 +74,8 @@ def make_engine(model: str, device: torch.device, max_rows: int) -> Engine:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     options = EngineOptions(kv_memory=None if on_gpu else "8MiB", max_rows=max_rows, max_directions=MOST_DIRECTIONS)
-    engine = Engine(Model(SHAPES[model], random_weights(model, device, dtype), select("auto", device)), options)
+    ops = select("triton" if on_gpu else "reference", device)
+    engine = Engine(Model(SHAPES[model], random_weights(model, device, dtype), ops), options)
     if not on_gpu:
         engine._manner = Manner(fixed=True)
     for pages in (engine.kv.k, engine.kv.v):
@@ -131,6 +132,10 @@ class Seats:
         if off not in self._batches:
             self._batches[off] = without_steering(self.engine, usual)
         return self._batches[off]
+
+    def graphed(self, rows: int) -> bool:
+        """Are steps of so many rows replays? Not on a CPU, nor where no memory was left for their graph."""
+        return all(batch._graphs is not None and batch.capacity >= rows for batch in self._batches.values())
 
     def leave(self) -> None:
         for batch in self._batches.values():

@@ -53,6 +53,7 @@ def measured(stage: Stage, seats: Seats, seating: Seating) -> dict[str, Any]:
             "gb_per_second": speed,
             "of_copy": speed / stage.record["copy"]["gb_per_second"],
             "predicted_milliseconds": load.milliseconds(stage.machine),
+            "graphed": seats.graphed(seating.rows),
         }
 
     return attempt(work, seats, WARM_UP + stage.steps + 8, seating)

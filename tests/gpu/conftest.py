@@ -1,7 +1,8 @@
 """The GPU lane: every test here is marked ``gpu`` and skipped, with the reason, where there is no CUDA GPU.
 
 ``GPU_LANE_DEVICE=cpu pytest tests/gpu`` runs what it can on the CPU, with the reference ops in the fixed buffers that
-graphs read: that shows that the tests are right, not the kernels.
+graphs read: that shows that the tests are right, not the kernels. With ``TRITON_INTERPRET=1`` in front it is the
+kernels, under Triton's interpreter: slow, and wrong in bf16 (``-k "not bf16 and not bfloat16"``).
 """
 
 from __future__ import annotations

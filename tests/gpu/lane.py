@@ -21,7 +21,7 @@ from tests.models import tiny_llama
 
 ON_GPU = os.environ.get("GPU_LANE_DEVICE") != "cpu"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-BACKEND = "triton" if ON_GPU else "reference"
+BACKEND = "triton" if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1" else "reference"
 needs_graphs = pytest.mark.skipif(not ON_GPU, reason="there are no CUDA graphs without a CUDA GPU")
 PAGE, SPLIT_PAGES = 16, 2
 
