@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from icon2_rt.ops import AttentionItems, RowState, grouped_decode_attention
 from icon2_rt.ops.attention import attend_with_lse, attend_with_lse_on_cpu
 from icon2_rt.ops.linear import linear
 
@@ -40,3 +42,27 @@ def test_linear_is_one_function_for_few_rows_and_many(rows):
     expected = (x.double() @ weight.double().T + bias.double()).float()
     torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(linear(x, weight), expected - bias, atol=1e-3, rtol=1e-5)
+
+
+def test_a_seat_that_does_not_run_attends_to_nothing_also_where_it_shares_an_item():
+    """Two rows share the first split; the second has ended, and a third seat is nobody's."""
+
+    def ints(*values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    items = AttentionItems(
+        rows=ints([0, 1], [0, -1], [1, -1]), pages=ints([0, 1], [2, 3], [4, 5]), splits=ints(0, 1, 1),
+        layers=ints([0, 1], [0, 1], [0, 1]), count=ints(3), starts=ints(0, 2, 4), lengths=ints(0, 0, 0),
+        n_splits=ints(9, 9, 9), split=16, n_partials=6,
+    )  # fmt: skip
+    running = torch.tensor([True, False, False])
+    items.update(RowState(torch.zeros(3).long(), ints(17, 20, 0), ints(1, 1, 0), running, torch.zeros(3)))
+    assert items.lengths.tolist() == [16, 2, 0]
+    assert items.n_splits.tolist() == [2, 0, 0]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 8), torch.randn(6, 8, 2, 8), torch.randn(6, 8, 2, 8)
+    out = grouped_decode_attention(q, k, v, items, 1.0, 0)
+    seen = [pages[[0, 1, 2, 3]].reshape(32, 2, 8)[:18].transpose(0, 1) for pages in (k, v)]
+    expected = F.scaled_dot_product_attention(q[0][:, None], *seen, scale=1.0, enable_gqa=True)
+    torch.testing.assert_close(out[0].view(4, 8), expected[:, 0], atol=1e-5, rtol=1e-5)
+    assert bool((out[1:] == 0).all())

@@ -171,7 +171,7 @@ def grouped_decode_attention(
     lse = lse.transpose(1, 2).reshape(-1).index_select(0, here.merge).view(here.merge_mask.shape)
     weight = (lse + here.merge_mask).softmax(dim=0)  # [M, batch · H]
     if not items.dense:
-        weight = weight.nan_to_num(0.0)  # a row without any part
+        weight = weight.masked_fill((items.n_splits == 0).repeat_interleave(heads), 0.0)  # idle seats: NaN, too
     return (weight[..., None] * parts).sum(dim=0).to(q.dtype).view(batch, heads * d)
 
 
