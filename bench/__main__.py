@@ -18,7 +18,7 @@ def micro(arguments: Sequence[str]) -> None:
     subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *arguments], cwd=ROOT, check=True)
 
 
-ONE = ("pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "results")
+ONE = ("pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "training", "results")
 
 
 def run(name: str, arguments: Sequence[str] = ()) -> None:
