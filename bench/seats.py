@@ -116,10 +116,20 @@ class Seats:
         return f"does not fit: {n * gib:.1f} GiB of KV, and there are {kv.n_pages * gib:.1f}"
 
     def take(self, seating: Seating, budget: int) -> Batch:
-        """Seat the rows, each to run for ``budget`` steps. They stay until :meth:`leave`."""
+        """Seat the rows, each to run for ``budget`` steps. They stay until :meth:`leave`.
+
+        Raises:
+            ValueError: more rows, or more partial results of attention, than the batch has places for.
+        """
         engine = self.engine
         asked = requests(seating, engine, budget)
         batch = self._batch(seating.steering == "off", asked)
+        partials = sum(len(r.branches) * batch.partials_of(r) for r in asked)
+        if seating.rows > batch.sizes.seats or partials > batch.sizes.partials:
+            raise ValueError(
+                f"{seating}: {seating.rows} rows and {partials} partial results do not go into a batch of "
+                f"{batch.sizes.seats} and {batch.sizes.partials}"
+            )
         self._pinned = engine.bank.pin(b.steering for r in asked for b in r.branches)
         self._rows = [row for request in asked for row in engine._open(request)[0]]
         batch.join(self._rows)

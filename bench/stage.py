@@ -95,8 +95,8 @@ def parse(name: str, doc: str, argv: list[str] | None, models: tuple[str, ...]) 
 
 def step_times(seats: Seats, seating: Seating, steps: int, device: torch.device) -> list[float]:
     """Milliseconds of each of ``steps`` decode steps of the seating."""
-    batch = seats.take(seating, budget=WARM_UP + steps + 8)
     try:
+        batch = seats.take(seating, budget=WARM_UP + steps + 8)
         times = timed(batch.launch, device, steps, WARM_UP)
         running = batch.buffers.state.running[: seating.rows]
         if not bool(running.all()):

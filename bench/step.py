@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(stage: Stage, model: str) -> None:
     """All cells of a model; its memory is free again when this returns."""
-    seats = Seats(stage.engine(model, max_rows=2 * 128))
+    seats = Seats(stage.engine(model, max_rows=256))
     for _, pairs, prompt in (cell for cell in (DRY_CELLS if stage.dry else CELLS) if cell[0] == model):
         figure: dict[str, Any] = {"model": model, "pairs": pairs, "prompt": prompt, "rows": 2 * pairs}
         if stage.left < 0:

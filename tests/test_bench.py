@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from bench import overhead, results, step, targets
 from bench.check import compare, poisoned
 from bench.roofline import H200, Load
-from bench.seats import Seating, attention_items, requests
+from bench.seats import Seating, Seats, attention_items, make_engine, requests
 from bench.shapes import SHAPES, config, transformers_model
 from icon2_rt.models import family_of, read_spec, take_weights
 from tools.refresh_readme import ROOT
@@ -241,3 +242,33 @@ def test_the_table_of_targets():
     # A CPU's figures are not held to them.
     record["environment"] = {"gpu": None}
     assert all(line[-1] == "not measured" for line in targets.table([record]))
+
+
+def test_rows_that_have_no_seats_are_refused():
+    engine = make_engine("dry", torch.device("cpu"), max_rows=4)
+    seats = Seats(engine)
+    seats.take(Seating("dry", 2, prompt=20), budget=8).launch()
+    seats.leave()
+    assert engine.kv.free_pages == engine.kv.n_pages
+    with pytest.raises(ValueError, match="6 rows and 6 partial results do not go into a batch of 4"):
+        seats.take(Seating("dry", 3, prompt=20), budget=8)
+    assert "does not fit" in str(seats.missing(Seating("dry", 200, prompt=300), budget=8))
+
+
+def test_steering_off_is_a_step_without_steering():
+    """What "idle" and "on" are held against: the same buffers, the same rows, no steering argument."""
+    engine = make_engine("dry", torch.device("cpu"), max_rows=4)
+    seats = Seats(engine)
+    seen = []
+    add = engine.model.ops.add_steer_rmsnorm
+
+    def spy(x, residual, weight, eps, steering=None, *rest):
+        seen.append(steering is not None)
+        return add(x, residual, weight, eps, steering, *rest)
+
+    engine.model = replace(engine.model, ops=replace(engine.model.ops, add_steer_rmsnorm=spy))
+    for steering, expected in (("off", False), ("idle", True), ("on", True)):
+        seen.clear()
+        seats.take(Seating("dry", 2, prompt=20, steering=steering), budget=8).launch()
+        seats.leave()
+        assert any(seen) is expected
