@@ -45,11 +45,13 @@ env: $(VENV)/.dev ## the environment with every tool, in .venv
 demo: $(VENV)/.core ## the whole method on the model that ships with the package
 	@$(BIN)/icon2 demo
 
-# Triton's interpreter is chosen when a kernel is defined, so its lane is a process of its own.
+# Most of a test is the dispatch of small operations: a process per core, one thread each. A file's tests stay together,
+# for what they share. Triton's interpreter is chosen when a kernel is defined, so its lane is a process of its own.
 # $(call tests,VENV)
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 define tests
-	$(1)/bin/python -m pytest
-	TRITON_INTERPRET=1 $(1)/bin/python -m pytest tests/interpret
+	OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1)/bin/python $(PYTEST) tests/interpret
 endef
 
 test: $(VENV)/.dev ## every test, then the kernels under Triton's interpreter
