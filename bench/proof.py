@@ -76,6 +76,7 @@ class Subject:
     criteria: dict[str, Criterion]
     directions: DirectionSet
     norms: list[float]
+    features: list[Instruction]
     instructions: list[Instruction]
     kinds: list[str]
 
@@ -131,7 +132,7 @@ def prepare(model: str, sizes: Sizes, seed: int) -> Subject:
     features = written[: sizes.features]
     made = extract(rt, frame, criteria, features)
     norms = residual_norms(rt.hidden_states([frame.messages(item.text) for item in features[:64]]))
-    return Subject(rt, frame, criteria, made, norms, [item for item, _ in known], [kind for _, kind in known])
+    return Subject(rt, frame, criteria, made, norms, features, [item for item, _ in known], [kind for _, kind in known])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,19 +140,26 @@ def prepare(model: str, sizes: Sizes, seed: int) -> Subject:
 
 
 def directions(subject: Subject, sizes: Sizes, seed: int) -> dict[str, Any]:
-    """The health figures per criterion over each band: the worst block, but for the contrast, where it is the best."""
-    return {
-        band: {
-            d.name: {
-                "split_half_cosine": min(d.health["split_half_cosine"][i] for i in layers),
-                "sign_agreement": min(d.health["sign_agreement"][i] for i in layers),
-                "cos_mean_difference": min(d.health["cos_mean_difference"][i] for i in layers),
-                "contrast": max(d.health["contrast"]),
-            }
-            for d in subject.directions
-        }
-        for band, layers in {**subject.bands(), "all": tuple(range(subject.rt.spec.n_layers))}.items()
-    }
+    """The health figures per criterion over each band: the worst block, but for the contrast, where it is the best.
+
+    "own kind" are directions from only those instructions that the criterion is about: does what is missing come from
+    the others, which its prompts hardly move?
+    """
+    bands = {**subject.bands(), "all": tuple(range(subject.rt.spec.n_layers))}
+    found = {band: {d.name: _health(d, layers) for d in subject.directions} for band, layers in bands.items()}
+    kind_of = [(item, oracle.read_instruction(item.text)) for item in subject.features]
+    for kind, name in CRITERION_OF_KIND.items():
+        mine = [item for item, read in kind_of if read is not None and read[0] == kind]
+        [alone] = extract(subject.rt, subject.frame, {name: subject.criteria[name]}, mine)
+        for band, layers in subject.bands().items():
+            found.setdefault(f"{band}, own kind", {})[name] = {**_health(alone, layers), "instructions": len(mine)}
+    return found
+
+
+def _health(direction: Direction, layers: Sequence[int]) -> dict[str, Any]:
+    keys = ("split_half_cosine", "sign_agreement", "cos_mean_difference")
+    worst = {key: min(direction.health[key][i] for i in layers) for key in keys}
+    return {**worst, "contrast": max(direction.health["contrast"])}
 
 
 # --------------------------------------------------------------------------------------------------------------------
