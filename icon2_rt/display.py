@@ -239,13 +239,12 @@ def ladder_table(band: Mapping[str, Any], title: str, calibration: Mapping[str, 
                 f"{rung['logprob']:.2f}",
                 f"{rung['divergence']:.3f}",
                 "yes" if rung["fluent"] else "no",
-                f"{rung['quality']:+.3f}",
-                f"{low:+.2f} to {high:+.2f}",
+                f"{rung['quality']:+.3f} ± {(high - low) / 2:.2f}",
                 "" if rung["beaten"] is None else f"{rung['beaten']:.0%}",
                 Text(chosen if mine or not chosen else f"({chosen})", style="bold green" if mine else "dim"),
             ]
         )
-    columns = ["dose of ‖h‖", "γ", "log p / token", "KL", "fluent", "quality", "95 %", "P(+ better)", "chosen"]
+    columns = ["dose of ‖h‖", "γ", "log p / token", "KL", "fluent", "quality", "P(+ better)", "chosen"]
     more = f"   Blocks {band['layers'][0]} to {band['layers'][-1]} (0-based)" if len(calibration["bands"]) > 1 else ""
     return table("\n".join(filter(None, [title, more])), columns, rows)
 
@@ -261,7 +260,7 @@ def ladder_caption(calibration: Mapping[str, Any]) -> str:
     low, high = calibration["positive_beats_negative_interval"]
     return (
         f"Over {calibration['instructions']} instructions. Log p and KL (nats per token): under and from the unsteered "
-        f"model. Quality: {what}. P(+ better): where the response at γ⁺ and the one at this dose differ. With the "
+        f"model. Quality: {what}, with its 95 % interval. P(+ better): where the response at γ⁺ and the one at this dose differ. With the "
         f"chosen doses the positive response is better in {calibration['positive_beats_negative']:.0%} of those "
         f"({low:.0%} to {high:.0%}; {calibration['positive_beats_negative_held_out']:.0%} on the half that did not "
         f"choose), and "

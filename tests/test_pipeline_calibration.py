@@ -71,12 +71,12 @@ def test_ties_are_left_out_as_long_as_they_are_not_most() -> None:
     ladder = _ladder(
         BASE,
         _rung(0.1, [0.5] * 20),
-        _rung(-0.05, same * 11 + worse * 9),
-        _rung(-0.1, same * 10 + worse * 10),
+        _rung(-0.05, same * 7 + worse * 13),
+        _rung(-0.1, same * 6 + worse * 14),
         _rung(-0.2, same * 2 + worse * 18),
     )
     choice = choose(ladder, RULE)
-    assert (choice.negative.dose, choice.better, choice.ties) == (-0.1, 1.0, 0.5)
+    assert (choice.negative.dose, choice.better, choice.ties) == (-0.1, 1.0, 0.3)
 
 
 def test_without_a_clear_negative_the_one_with_the_lowest_quality_is_taken_and_told() -> None:

@@ -7,8 +7,8 @@ reaches that, the rung with the lowest mean. Quality comes from the model itself
 from a judge (:mod:`icon2_rt.pipeline.judges`), which is what the paper asks.
 
 Two things are ours. Instructions where the two responses are equally good are left out of that share, as long as they
-are no more than half of all: with common random numbers a mild push often leaves the text as it was, which says nothing
-about the pairs that differ. And only *fluent* rungs are candidates: those whose responses lose at most so many nats per
+are no more than 30 %: with common random numbers a mild push often leaves the text as it was, which says nothing about
+the pairs that differ. And only *fluent* rungs are candidates: those whose responses lose at most so many nats per
 token under the unsteered model, are not cut off by the limit more often, and stay within the divergence that is asked
 for.
 
@@ -41,7 +41,7 @@ FLUENCY_LOSS = 0.1
 CUT_OFF_GAIN = 0.05
 RESAMPLES = 1000
 INTERVAL = 0.95
-MANY_TIES = 0.5
+MANY_TIES = 0.3
 # A criterion with fewer instructions than this gets the strengths that suit all of them together.
 FEWEST = 8
 
