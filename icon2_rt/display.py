@@ -260,7 +260,8 @@ def ladder_caption(calibration: Mapping[str, Any]) -> str:
     low, high = calibration["positive_beats_negative_interval"]
     return (
         f"Over {calibration['instructions']} instructions. Log p and KL (nats per token): under and from the unsteered "
-        f"model. Quality: {what}, with its 95 % interval. P(+ better): where the response at γ⁺ and the one at this dose differ. With the "
+        f"model. Quality: {what}, ± its 95 % interval. P(+ better): where the response at γ⁺ and the one at this dose "
+        f"differ. With the "
         f"chosen doses the positive response is better in {calibration['positive_beats_negative']:.0%} of those "
         f"({low:.0%} to {high:.0%}; {calibration['positive_beats_negative_held_out']:.0%} on the half that did not "
         f"choose), and "
