@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from icon2_rt.pipeline import RunResult
 
 app = typer.Typer(
     name="icon2",
@@ -61,7 +64,7 @@ def demo(
     screen.print(display.run_report(result.report, result.seconds))
     screen.print(display.examples(result.report["examples"][:4]))
     screen.print(display.judgement_table(the_demo.judge(records)))
-    _where(screen, result.path)
+    _where(screen, result)
 
 
 @app.command()
@@ -79,7 +82,7 @@ def run(
     with display.Steps() as watch:
         result = run_pipeline(settings, out or Path("runs") / config.stem, watch=watch)
     screen.print(display.run_report(result.report, result.seconds))
-    _where(screen, result.path)
+    _where(screen, result)
 
 
 @app.command()
@@ -238,7 +241,7 @@ def pairs(
     with display.Steps() as watch:
         result = run_pipeline(settings, out, watch=watch)
     screen.print(display.run_report(result.report, result.seconds))
-    _where(screen, result.path)
+    _where(screen, result)
 
 
 @app.command()
@@ -372,10 +375,14 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _where(screen: Any, path: Path) -> None:
-    """The last lines of a run: where the dataset lies, and how to use it."""
+def _where(screen: Any, result: RunResult) -> None:
+    """The last lines of a run: what it did because of this model's template, where the dataset lies, how to use it."""
+    from rich.padding import Padding
     from rich.text import Text
 
+    path = result.path
+    for note in result.manifest["notes"]:
+        screen.print(Padding(Text(f"Note: {note}."), (1, 0, 0, 2)))
     screen.print(
         Text(f"\nThe dataset is in {path}  (report.html: all figures; manifest.json: how it was made)", "bold")
     )

@@ -189,6 +189,38 @@ def test_a_calibration_by_command(icon2: Icon2, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_template_without_a_system_role_gets_the_prompts_in_the_user_s_turn_and_says_so(
+    icon2: Icon2, tmp_path: Path
+) -> None:
+    """Gemma's way: a system turn raises. The run works, and tells on the screen, on the page and in the manifest."""
+    import torch
+
+    llama, tokenizer = tiny_llama(eos_token_id=1, bos_token_id=0, pad_token_id=0), tiny_tokenizer()
+    with torch.no_grad():
+        llama.lm_head.weight[[0, 2, 3, 4]] = 0
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "i.txt").write_text("Why?\nHow?\nWhen?\nWho?\n")
+    (tmp_path / "c.toml").write_text(
+        'model = "model"\nruntime.threads = 1\ndirections.features_file = "i.txt"\nfilter.keep = 1.0\n'
+        'instructions.file = "i.txt"\nfilter.scale = "contrast"\npairs.max_new_tokens = 4\n'.replace(
+            '"model"', json.dumps(str(tmp_path / "model"))
+        )
+        + CRITERIA.replace("[", "[criteria.")
+    )
+    code, text, err = icon2("run", tmp_path / "c.toml", "--out", tmp_path / "run")
+    assert code == 0, err
+    told = "the chat template has no system turn: the contrastive prompts stand in front of the user's text"
+    assert told in " ".join(text.split())
+    assert told in json.loads((tmp_path / "run/manifest.json").read_bytes())["notes"]
+    assert "no system turn" in (tmp_path / "run/report.html").read_text()
+
+
 def test_output_without_a_terminal_is_plain_text(model: Path, tmp_path: Path) -> None:
     """No colour codes, no bars that overwrite themselves, no line beyond 100 columns."""
     command = [sys.executable, "-c", "from icon2_rt.cli import main; main()", "doctor"]
