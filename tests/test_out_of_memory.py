@@ -95,13 +95,15 @@ def captured(monkeypatch: pytest.MonkeyPatch, seats: int, fits: int) -> tuple[St
 
     for name, double in {
         "CUDAGraph": FakeGraph,
-        "graph": lambda graph, pool: nullcontext(),
+        "graph": lambda graph, pool, stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "Stream": lambda: "a stream",
         "graph_pool_handle": lambda: (0, 1),
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, double)
-    return StepGraphs(step, buckets(seats)), calls
+    return StepGraphs(step, buckets(seats), torch.device("cuda")), calls
 
 
 def test_graphs_are_captured_largest_first_and_replayed_by_bucket(monkeypatch):

@@ -80,7 +80,8 @@ class Batch:
         self._unsteered: list[Row] = []  # whose steering begins with the next step
         self._graphs = None
         if manner.graphs:
-            self._graphs = StepGraphs(lambda n: decode_step(model, kv, self._views(n)), buckets(sizes.seats))
+            steps = buckets(sizes.seats)
+            self._graphs = StepGraphs(lambda n: decode_step(model, kv, self._views(n)), steps, model.device)
 
     @property
     def free_partials(self) -> int:
@@ -187,8 +188,7 @@ class Batch:
         state, n = self._inputs.state, len(self.rows)
         if self.model.device.type == "cuda":
             tokens, logprobs = (x[:n].to("cpu", non_blocking=True) for x in (state.tokens, state.logprobs))
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = _end_of_work(self.model.device)
         else:
             tokens, logprobs, arrived = state.tokens[:n].clone(), state.logprobs[:n].clone(), None
         self.under_way.append(_UnderWay(list(self.rows), tokens, logprobs, arrived))
@@ -381,6 +381,13 @@ def _put(target: Tensor, values: np.ndarray) -> None:
     """Copy to the device without waiting for it: through pinned memory, which torch keeps until the copy is done."""
     source = torch.from_numpy(values)
     target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+
+
+def _end_of_work(device: torch.device) -> torch.cuda.Event:
+    """What has happened once all that ``device`` was given so far is done; another device may be the current one."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _runs(seats: Sequence[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,11 @@ class Model:
 
 @contextmanager
 def computing(model: Model) -> Iterator[None]:
-    """No gradients, and the model's own dtypes even inside somebody's autocast."""
-    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+    """No gradients, the model's own dtypes even inside somebody's autocast, and its own device whichever is current:
+    Triton launches on the current one."""
+    device = model.device
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False), current:
         yield
 
 

@@ -18,25 +18,31 @@ class StepGraphs:
     """The captured steps. Captured when made, while no seat is taken: a step of empty seats writes nothing.
 
     Largest first, so that the smaller ones find the memory pool large enough. A bucket that does not fit the memory
-    that is left is given up with a warning: fewer rows then run at once.
+    that is left is given up with a warning: fewer rows then run at once. Replays run on ``device``, also where another one
+    is current.
     """
 
-    def __init__(self, step: Callable[[int], None], sizes: Sequence[int]):
+    def __init__(self, step: Callable[[int], None], sizes: Sequence[int], device: torch.device):
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._capture(step, sizes)
+
+    def _capture(self, step: Callable[[int], None], sizes: Sequence[int]) -> None:
+        # A stream of our own: the one that torch would take is of the device that captured first in this process.
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for rows in sorted(sizes, reverse=True):
             graph = torch.cuda.CUDAGraph()
             try:
                 # Once outside: compilers, libraries and their workspaces come into being before the capture.
                 step(rows)
                 torch.cuda.synchronize()
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
                     step(rows)
             except torch.OutOfMemoryError:
                 warnings.warn(
                     f"no memory is left for a CUDA graph of {rows} rows: fewer run at once. A smaller kv_memory= or "
                     f"max_rows= leaves more",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 torch.cuda.empty_cache()
                 continue

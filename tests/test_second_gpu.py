@@ -1,0 +1,60 @@
+"""A model on a GPU that is not the current one: what torch and Triton take from the current device is given to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from icon2_rt.engine import batch as engine_batch
+from icon2_rt.engine.forward import computing
+from icon2_rt.engine.graphs import StepGraphs
+
+SECOND = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The current devices, the innermost last."""
+    entered = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    return entered
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_work_is_done_on_the_models_device(current):
+    with computing(SimpleNamespace(device=SECOND)):  # type: ignore[arg-type]
+        assert current[-1] == SECOND
+    with computing(SimpleNamespace(device=torch.device("cpu"))):  # type: ignore[arg-type]
+        assert len(current) == 1
+
+
+def test_graphs_are_captured_on_its_device_in_a_stream_of_it(current, monkeypatch):
+    captured: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: captured.append(stream) or nullcontext())
+    StepGraphs(lambda rows: captured.append(current[-1]), [1, 2], SECOND)
+    assert captured == [SECOND] * 6  # of either graph the step to warm up, the stream, the step that is captured
+    assert len(current) == 1
+
+
+def test_results_are_awaited_on_its_stream(monkeypatch):
+    recorded: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    engine_batch._end_of_work(SECOND)
+    assert recorded == [SECOND]
