@@ -150,6 +150,36 @@ def test_a_seat_that_nobody_has_writes_nothing(manner):
     assert bool((kv.v[:, others] == 7.0).all())
 
 
+@pytest.mark.parametrize("ends", [{"stop_strings": ["e", "on", " "]}, {"eos_token_id": list(range(12))}])
+def test_a_seat_that_a_row_has_left_does_not_run(manner, ends):
+    """Its pages may be somebody else's by then. Of a stop string the device learns only from the host."""
+    rt = runtime(manner)
+    rt.generate(PROMPTS[:1], do_sample=False, max_new_tokens=2, **ends)
+    batch = rt._engine._batches[0]
+    launch, left = batch.launch, []
+
+    def watched() -> None:
+        seats = [n for n in range(8) if n >= len(batch.rows) or batch.rows[n] is None]
+        left.append(len(seats))
+        assert not bool(batch.buffers.state.running[seats].any())
+        launch()
+
+    batch.launch = watched
+    found = rt.generate(PROMPTS, temperature=1.5, top_k=0, seed=4, max_new_tokens=23, **ends)
+    assert len({len(c.token_ids) for c in found}) > 2
+    assert len(set(left)) > 3
+
+
+def test_a_layout_is_made_anew_before_it_ends(manner):
+    """Nobody joins or leaves for longer than attention items are laid out ahead."""
+    prompts, steps = PROMPTS[2:4], 2 * engine_batch.HORIZON + 5
+    options = {"do_sample": False, "max_new_tokens": steps}
+    same(
+        runtime(manner).generate_branches(prompts, [1.0 * A], **options),
+        runtime().generate_branches(prompts, [1.0 * A], **options),
+    )
+
+
 def test_rows_end_in_buckets_and_close_ranks(manner, monkeypatch):
     """One row outlives seven: the steps shrink to its bucket once what is under way has come back."""
     rt = runtime(manner)

@@ -18,8 +18,8 @@ class StepGraphs:
     """The captured steps. Captured when made, while no seat is taken: a step of empty seats writes nothing.
 
     Largest first, so that the smaller ones find the memory pool large enough. A bucket that does not fit the memory
-    that is left is given up with a warning: fewer rows then run at once. Replays run on ``device``, also where another one
-    is current.
+    that is left is given up with a warning: fewer rows then run at once. Replays run on ``device``, whichever is
+    current.
     """
 
     def __init__(self, step: Callable[[int], None], sizes: Sequence[int], device: torch.device):
