@@ -1,0 +1,184 @@
+// Attention over paged KV for one query position per row.
+//
+// A unit of work is an item and a KV head: its K and V are read from memory once, for all rows and query heads of the
+// item; then each row's parts are merged in the order of their positions.
+
+// NQ queries [d] with stride `stride` times NP positions: scores[q][p].
+template <class T, int NQ, int NP>
+static inline void score_tile(
+    const float* q, int64_t stride, const T* const* k, int64_t d, float* scores, int64_t span) {
+  V sum[NQ][NP];
+  for (int i = 0; i < NQ; ++i)
+    for (int p = 0; p < NP; ++p) sum[i][p] = vset(0.0f);
+  chunks(d, [&](int64_t i, int m) {
+    V key[NP];
+    for (int p = 0; p < NP; ++p) key[p] = vload(k[p] + i, m);
+    for (int n = 0; n < NQ; ++n) {
+      const V query = vload(q + n * stride + i, m);
+      for (int p = 0; p < NP; ++p) sum[n][p] = vfma(query, key[p], sum[n][p]);
+    }
+  });
+  for (int n = 0; n < NQ; ++n)
+    for (int p = 0; p < NP; ++p) scores[n * span + p] = vsum(sum[n][p]);
+}
+
+template <class T, int NQ>
+static inline void score(
+    const float* q, int64_t stride, const T* const* k, int64_t length, int64_t d, float* scores, int64_t span) {
+  int64_t p = 0;
+  for (; p + 2 <= length; p += 2) score_tile<T, NQ, 2>(q, stride, k + p, d, scores + p, span);
+  if (p < length) score_tile<T, NQ, 1>(q, stride, k + p, d, scores + p, span);
+}
+
+// NQ queries' weighted sums over NV vectors of V's columns from `column` on; `m` numbers of the last vector exist.
+template <class T, int NQ, int NV>
+static inline void blend_tile(
+    const float* weights, int64_t span, const T* const* v, int64_t length, int64_t column, int m, float* out,
+    int64_t stride) {
+  V sum[NQ][NV];
+  for (int n = 0; n < NQ; ++n)
+    for (int j = 0; j < NV; ++j) sum[n][j] = vset(0.0f);
+  for (int64_t p = 0; p < length; ++p) {
+    V value[NV];
+    for (int j = 0; j < NV; ++j) value[j] = vload(v[p] + column + j * W, j == NV - 1 ? m : W);
+    for (int n = 0; n < NQ; ++n) {
+      const V weight = vset(weights[n * span + p]);
+      for (int j = 0; j < NV; ++j) sum[n][j] = vfma(weight, value[j], sum[n][j]);
+    }
+  }
+  for (int n = 0; n < NQ; ++n)
+    for (int j = 0; j < NV; ++j) vstore(out + n * stride + column + j * W, sum[n][j]);  // rows of `out` are padded
+}
+
+template <class T, int NQ>
+static inline void blend(
+    const float* weights, int64_t span, const T* const* v, int64_t length, int64_t d, float* out, int64_t stride) {
+  int64_t column = 0;
+  for (; column + 4 * W <= d; column += 4 * W)
+    blend_tile<T, NQ, 4>(weights, span, v, length, column, W, out, stride);
+  for (; column < d; column += W) {
+    const int64_t left = d - column;
+    blend_tile<T, NQ, 1>(weights, span, v, length, column, left < W ? static_cast<int>(left) : W, out, stride);
+  }
+}
+
+// exp(score − largest) in place; the largest and the sum.
+static inline SoftmaxPart soften(float* scores, int64_t length) {
+  V most = vset(-std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + W <= length; i += W) most = vmax(most, vload(scores + i));
+  float m = vhmax(most);
+  for (; i < length; ++i) m = m > scores[i] ? m : scores[i];
+  V sum = vset(0.0f);
+  const V largest = vset(m);
+  for (i = 0; i + W <= length; i += W) {
+    const V weight = vexp(vsub(vload(scores + i), largest));
+    vstore(scores + i, weight);
+    sum = vadd(sum, weight);
+  }
+  float l = vsum(sum);
+  if (i < length) {
+    const int rest = static_cast<int>(length - i);
+    float tail[W];
+    vstore(tail, vexp(vsub(vload(scores + i, rest), largest)));
+    for (int j = 0; j < rest; ++j) {
+      scores[i + j] = tail[j];
+      l += tail[j];
+    }
+  }
+  return {m, l};
+}
+
+// The item's queries of one KV head against its positions; results to their places in `parts` and `sums`.
+template <class T>
+static void attend_item(const Attention& a, int64_t item, int64_t kv_head, SoftmaxPart* parts, float* sums) {
+  const int64_t length = a.lengths[item], d = a.d, wide = padded(d), group = a.heads / a.kv_heads;
+  const int32_t *rows = a.rows + item * a.width, *pages = a.pages + item * a.n_pages;
+  const int64_t most = a.width * group, span = padded(length);
+  Scratch<float> memory(most * (2 * wide + span));
+  float *q = memory.p, *out = q + most * wide, *scores = out + most * wide;
+  Scratch<const T*> k(length), v(length);
+  for (int64_t p = 0; p < length; ++p) {
+    const int64_t page = pages[p / a.page_size];
+    const int64_t at = ((page * a.page_size + p % a.page_size) * a.kv_heads + kv_head) * d;
+    k.p[p] = static_cast<const T*>(a.k_pages) + at;
+    v.p[p] = static_cast<const T*>(a.v_pages) + at;
+  }
+
+  Scratch<int64_t> places(most);  // of every query, in `parts`
+  int64_t n = 0;
+  for (int64_t i = 0; i < a.width; ++i) {
+    const int64_t row = rows[i];
+    if (row < 0 || a.n_splits[row] <= a.splits[item]) continue;
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t head = kv_head * group + g;
+      const T* from = static_cast<const T*>(a.q) + row * a.q_stride + head * d;
+      float* to = q + n * wide;
+      chunks(d, [&](int64_t j, int m) { vstore(to + j, vmul(vload(from + j, m), vset(a.scale)), m); });
+      places.p[n++] = (a.starts[row] + a.splits[item]) * a.heads + head;
+    }
+  }
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) score<T, 4>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
+  for (; i < n; ++i) score<T, 1>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
+  for (i = 0; i < n; ++i) parts[places.p[i]] = soften(scores + i * span, length);
+  for (i = 0; i + 2 <= n; i += 2) blend<T, 2>(scores + i * span, span, v.p, length, d, out + i * wide, wide);
+  for (; i < n; ++i) blend<T, 1>(scores + i * span, span, v.p, length, d, out + i * wide, wide);
+  for (i = 0; i < n; ++i)
+    std::memcpy(sums + places.p[i] * wide, out + i * wide, static_cast<size_t>(wide) * sizeof(float));
+}
+
+template <class T>
+static void attention_of(const Attention& a) {
+  const int64_t d = a.d, wide = padded(d), n_parts = a.n_partials * a.heads;
+  Scratch<float> memory(n_parts * (wide + 2));
+  float* sums = memory.p;
+  SoftmaxPart* parts = reinterpret_cast<SoftmaxPart*>(sums + n_parts * wide);
+  for (int64_t i = 0; i < n_parts; ++i) parts[i] = {-std::numeric_limits<float>::infinity(), 0.0f};
+
+  const int64_t count = a.count[0] < a.n ? a.count[0] : a.n;
+  int64_t longest = 1;
+  for (int64_t item = 0; item < count; ++item) longest = longest > a.lengths[item] ? longest : a.lengths[item];
+  const int64_t queries = a.width * (a.heads / a.kv_heads);
+  parallel_for(count * a.kv_heads, longest * d * (queries + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t item = unit / a.kv_heads;
+      const bool holds = a.layers[2 * item] <= a.layer && a.layer < a.layers[2 * item + 1];
+      if (holds && a.lengths[item] > 0) attend_item<T>(a, item, unit % a.kv_heads, parts, sums);
+    }
+  });
+
+  const auto exp1 = [](float x) { return std::exp(x); };
+  parallel_for(a.batch, a.heads * d * 4, [&](int64_t begin, int64_t end) {
+    Scratch<float> merged(wide);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t head = 0; head < a.heads; ++head) {
+        T* out = static_cast<T*>(a.out) + (row * a.heads + head) * d;
+        const int64_t n = a.n_splits[row], first = a.starts[row] * a.heads + head;
+        float most = -std::numeric_limits<float>::infinity(), l = 0.0f;
+        for (int64_t s = 0; s < n; ++s) {
+          const SoftmaxPart& part = parts[first + s * a.heads];
+          most = most > part.m ? most : part.m;
+        }
+        for (int64_t j = 0; j < wide; ++j) merged.p[j] = 0.0f;
+        for (int64_t s = 0; s < n; ++s) {
+          const SoftmaxPart& part = parts[first + s * a.heads];
+          const float weight = part_weight(part, most, exp1);
+          if (part.l == 0.0f) continue;  // nothing was written at its place
+          l += weight * part.l;
+          const float* sum = sums + (first + s * a.heads) * wide;
+          for (int64_t j = 0; j < wide; j += W)
+            vstore(merged.p + j, vfma(vset(weight), vload(sum + j), vload(merged.p + j)));
+        }
+        const V inverse = vset(n > 0 ? (l == l ? inverse_mass(l) : l) : 0.0f);
+        chunks(d, [&](int64_t j, int m) { vstore(out + j, vmul(vload(merged.p + j, m), inverse), m); });
+      }
+    }
+  });
+}
+
+static void grouped_decode_attention(const Attention& a) {
+  a.dtype == DType::f32    ? attention_of<float>(a)
+  : a.dtype == DType::bf16 ? attention_of<bf16>(a)
+                           : attention_of<f16>(a);
+}

@@ -1,0 +1,16 @@
+// Everything that the kernels include, before an instruction set is chosen: a function of the standard library that is
+// compiled for AVX-512 must not be the one that the rest of the process gets.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "shared/philox.h"
+#include "shared/select.h"
+#include "shared/softmax.h"
+#include "shared/steering.h"

@@ -1,0 +1,75 @@
+// What the kernels need beside the vectors themselves, written over them: loads and stores of a tail, exp, and memory.
+
+// The n < W numbers at p, then zeros.
+template <class T>
+static inline V vload_tail(const T* p, int n) {
+  float padded[W] = {};
+  for (int i = 0; i < n; ++i) padded[i] = to_float(p[i]);
+  return vload(padded);
+}
+
+template <class T>
+static inline V vload(const T* p, int n) {
+  return n == W ? vload(p) : vload_tail(p, n);
+}
+
+template <class T>
+static inline void vstore(T* p, V a, int n) {
+  if (n == W) {
+    vstore(p, a);
+    return;
+  }
+  float padded[W];
+  vstore(padded, a);
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(padded[i]);
+}
+
+// f(i, n) for every W numbers of `size`; n < W at the end.
+template <class F>
+static inline void chunks(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + W <= size; i += W) f(i, W);
+  if (i < size) f(i, static_cast<int>(size - i));
+}
+
+// exp to about an ulp: 2ⁿ · e^r with |r| ≤ ln 2 / 2 and e^r by its series to r⁷. 0 below -87.3; a NaN stays one.
+static inline V vexp(V x) {
+  const V inside = vmin(vset(88.0f), vmax(vset(-87.3f), x));
+  const V n = vround_whole(vmul(inside, vset(1.44269504f)));
+  V r = vfma(n, vset(-0.693359375f), inside);  // ln 2 in two parts, of which the first has few bits
+  r = vfma(n, vset(2.12194440e-4f), r);
+  V y = vset(1.0f / 5040);
+  y = vfma(y, r, vset(1.0f / 720));
+  y = vfma(y, r, vset(1.0f / 120));
+  y = vfma(y, r, vset(1.0f / 24));
+  y = vfma(y, r, vset(1.0f / 6));
+  y = vfma(y, r, vset(0.5f));
+  y = vfma(y, r, vset(1.0f));
+  y = vfma(y, r, vset(1.0f));
+  return vkeep_from(vmul(y, vexp2_whole(n)), x, -87.3f);
+}
+
+static inline float dot(const float* a, const float* b, int64_t n) {
+  V sum = vset(0.0f), more = vset(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    sum = vfma(vload(a + i), vload(b + i), sum);
+    more = vfma(vload(a + i + W), vload(b + i + W), more);
+  }
+  chunks(n - i, [&](int64_t j, int m) { sum = vfma(vload(a + i + j, m), vload(b + i + j, m), sum); });
+  return vsum(vadd(sum, more));
+}
+
+static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Memory for the time of a call, not initialised.
+template <class T>
+struct Scratch {
+  explicit Scratch(int64_t n) : p(static_cast<T*>(std::malloc(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T)))) {
+    if (p == nullptr) std::abort();
+  }
+  ~Scratch() { std::free(p); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* p;
+};
