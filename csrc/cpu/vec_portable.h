@@ -47,10 +47,13 @@ static inline V vfma(V a, V b, V c) {
   return c;
 }
 
-// 2ⁿ for whole n in [-126, 127].
+// 2ⁿ for whole n in [-126, 127]; anything for a NaN.
 static inline V vexp2_whole(V n) {
   V r;
-  for (int i = 0; i < W; ++i) r.v[i] = float_of(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23);
+  for (int i = 0; i < W; ++i) {
+    const float whole = n.v[i] == n.v[i] ? n.v[i] : 0.0f;
+    r.v[i] = float_of(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+  }
   return r;
 }
 

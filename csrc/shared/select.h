@@ -30,8 +30,10 @@ ICON2_HD bool decided(uint32_t key, uint32_t prefix, int pass) {
   return pass == 0 || key >> (32 - 8 * pass) == prefix >> (32 - 8 * pass);
 }
 
-// A weight in [0, 1], relative to the largest, in units of 2⁻⁴⁰: 2²³ of them fit in 64 bits.
-ICON2_HD uint64_t fixed_mass(float weight) { return static_cast<uint64_t>(weight * 1099511627776.0f); }
+// A weight in [0, 1], relative to the largest, in units of 2⁻⁴⁰: 2²³ of them fit in 64 bits. A NaN has none.
+ICON2_HD uint64_t fixed_mass(float weight) {
+  return weight > 0.0f ? static_cast<uint64_t>(weight * 1099511627776.0f) : 0;
+}
 
 struct Pick {
   int bin;

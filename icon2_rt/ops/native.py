@@ -1,7 +1,7 @@
 """The ops in C++ for CPUs (csrc/): same names, argument order and layout as the references beside this file.
 
-What is here only finds the memory for the results; dtypes, devices, sizes, strides, indices and overlaps are checked by
-the extension itself, from the tensors, before it uses any pointer. It raises TypeError, ValueError or IndexError with the
+What is here only finds the memory for the results. The extension itself checks dtypes, devices, sizes, strides, indices
+and overlaps, from the tensors, before it uses any pointer; it raises TypeError, ValueError or IndexError with the
 argument's name. Threads are those of torch's OpenMP runtime, as many as ``torch.get_num_threads()`` says.
 """
 
@@ -36,7 +36,7 @@ def _load() -> tuple[Any, str | None]:
     return _native, None
 
 
-_native, why_not = _load()
+extension, why_not = _load()
 
 # Up to so many rows a weight is read once by our own kernel; above, a matrix product by torch is faster.
 FEW_ROWS = 8
@@ -57,11 +57,11 @@ def add_steer_rmsnorm(
     s = steering
     # What the host knows spares the kernel a look at every row.
     if s is None or (measured is None and s.rows is not None and s.rows[layer] is None):
-        _native.add_steer_rmsnorm(
+        extension.add_steer_rmsnorm(
             x, residual, weight, eps, None, None, None, None, None, None, None, -1, None, out, normed
         )
     else:
-        _native.add_steer_rmsnorm(
+        extension.add_steer_rmsnorm(
             x, residual, weight, eps, s.bank, s.count, s.index, s.alpha, s.beta, s.keep_norm, s.which, layer, measured,
             out, normed,
         )  # fmt: skip
@@ -83,7 +83,7 @@ def rope_append(
     _, _, kv_heads, d = k_pages.shape
     rows, width = qkv.shape
     q = torch.empty((rows, width // d - 2 * kv_heads, d), dtype=qkv.dtype)
-    _native.rope_append(qkv, cos, sin, q_norm, k_norm, eps, k_pages, v_pages, slots, q)
+    extension.rope_append(qkv, cos, sin, q_norm, k_norm, eps, k_pages, v_pages, slots, q)
     return q
 
 
@@ -100,7 +100,7 @@ def begin_step(
     rows, d = state.positions.shape[0], 2 * inv_freq.shape[0]
     slots = torch.empty(rows, dtype=torch.int64)
     cos, sin = torch.empty((2, rows, 1, d), dtype=dtype)
-    _native.begin_step(
+    extension.begin_step(
         state.positions, state.running, tables, page_size, inv_freq, rope_scaling, items.rows, items.splits,
         items.count, items.lengths, items.n_splits, items.split, slots, cos, sin,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def grouped_decode_attention(
     """:func:`icon2_rt.ops.grouped_decode_attention`."""
     batch, heads, d = q.shape
     out = torch.empty((batch, heads * d), dtype=q.dtype)
-    _native.grouped_decode_attention(
+    extension.grouped_decode_attention(
         q, k_pages, v_pages, items.rows, items.pages, items.splits, items.layers, items.count, items.starts,
         items.lengths, items.n_splits, items.n_partials, scale, layer, out,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """:func:`icon2_rt.ops.silu_mul`."""
     rows, width = gate_up.shape
     out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
-    _native.silu_mul(gate_up, out)
+    extension.silu_mul(gate_up, out)
     return out
 
 
@@ -134,13 +134,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if rows > FEW_ROWS:
         return F.linear(x, weight, bias)
     out = torch.empty((rows, weight.shape[0]), dtype=x.dtype)
-    _native.linear(x, weight, bias, out)
+    extension.linear(x, weight, bias, out)
     return out
 
 
 def sample(logits: Tensor, how: RowSampling, state: RowState) -> None:
     """:func:`icon2_rt.ops.sample`."""
-    _native.sample(
+    extension.sample(
         logits, how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty,
         how.seen, how.eos, how.min_tokens, how.budget, state.tokens, state.positions, state.generated, state.running,
         state.logprobs,
