@@ -1,8 +1,8 @@
 // icon2_rt._native: each op checks its arguments, then calls the kernel of the instruction set in use.
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
-#include <cstring>
+#include <algorithm>
+#include <string>
 
 #include "cpu/begin_step.h"
 #include "cpu/kernels.h"
@@ -103,7 +103,7 @@ void py_add_steer_rmsnorm(
     if (measured) measured.shaped({rows, 1 + terms}).dense();
     if (layer < 0 || layer >= layers)
       throw py::value_error("layer must be in [0, " + std::to_string(layers) + "), not " + std::to_string(layer));
-    within<int32_t>(which, -1, steerings);
+    within<int32_t>(which, rows, -1, steerings);
     const int32_t* counts = count.as<int32_t>();
     const int32_t* places = index.as<int32_t>();
     for (int64_t s = 0; s < steerings; ++s) {
@@ -158,7 +158,7 @@ void py_rope_append(
     q_norm.shaped({d}).dense().like(qkv);
     k_norm.shaped({d}).dense().like(qkv);
   }
-  within<int64_t>(slots, -1, k_pages.dim(0) * k_pages.dim(1));
+  within<int64_t>(slots, rows, -1, k_pages.dim(0) * k_pages.dim(1));
   q.apart({&qkv, &cos, &sin, &k_pages, &v_pages, &slots, &q_norm, &k_norm});
   k_pages.apart({&qkv, &cos, &sin, &v_pages, &slots, &q_norm, &k_norm});
   v_pages.apart({&qkv, &cos, &sin, &slots, &q_norm, &k_norm});
@@ -182,8 +182,8 @@ void py_begin_step(
   inv_freq.shaped({-1}).dense();
   const int64_t batch = positions.dim(0), half = inv_freq.dim(0);
   running.shaped({batch}).dense();
-  tables.shaped({batch, -1}).dense();
-  rows.shaped({-1, -1}).dense();
+  tables.shaped({batch, -1}).dense(1);
+  rows.shaped({-1, -1}).dense(1);
   const int64_t n = rows.dim(0);
   splits.shaped({n}).dense();
   count.shaped({1}).dense();
@@ -194,7 +194,7 @@ void py_begin_step(
   sin.shaped({batch, 1, 2 * half}).dense().like(cos);
   if (page_size < 1 || split < 1) throw py::value_error("page_size and split must be at least 1");
   if (n > 0 && rows.dim(1) == 0) throw py::value_error("rows must have a place in every item");
-  within<int32_t>(rows, -1, batch);
+  within<int32_t>(rows, n, -1, batch);
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t position = positions.as<int32_t>()[row];
     if (running.as<bool>()[row] && (position < 0 || position / page_size >= tables.dim(1)))
@@ -206,7 +206,7 @@ void py_begin_step(
     written->apart({&positions, &running, &tables, &inv_freq, &rows, &splits, &count, &lengths, &n_splits, &slots,
                     &cos, &sin});
   begin_step(
-      {batch, tables.dim(1), page_size, half, n, n ? rows.dim(1) : 0, cos.dtype(), positions.as<int32_t>(),
+      {batch, tables.stride(0), page_size, half, n, n ? rows.dim(1) : 0, rows.stride(0), cos.dtype(), positions.as<int32_t>(),
        tables.as<int32_t>(), running.as<bool>(), inv_freq.as<float>(), rope_scaling, rows.as<int32_t>(),
        splits.as<int32_t>(), count.as<int32_t>(), split, lengths.as<int32_t>(), n_splits.as<int32_t>(),
        slots.as<int64_t>(), cos.data(), sin.data()});
@@ -229,33 +229,37 @@ void py_attention(
   if (kv_heads < 1 || heads % kv_heads)
     throw py::value_error(
         std::to_string(heads) + " query heads are not a multiple of " + std::to_string(kv_heads) + " KV heads");
-  rows.shaped({-1, -1}).dense();
-  const int64_t n = rows.dim(0);
-  pages.shaped({n, -1}).dense();
-  splits.shaped({n}).dense();
-  layers.shaped({n, 2}).dense();
+  rows.shaped({-1, -1}).dense(1);
+  const int64_t places = rows.dim(0);
+  pages.shaped({places, -1}).dense(1);
+  splits.shaped({places}).dense();
+  layers.shaped({places, 2}).dense();
   count.shaped({1}).dense();
   starts.shaped({batch}).dense();
-  lengths.shaped({n}).dense();
+  lengths.shaped({places}).dense();
   n_splits.shaped({batch}).dense();
   out.shaped({batch, heads * d}).dense().like(q);
-  within<int32_t>(rows, -1, batch);
-  within<int32_t>(pages, 0, k_pages.dim(0));
-  within<int32_t>(lengths, 0, pages.dim(1) * page_size + 1);
-  within<int32_t>(splits, 0, n_partials + 1);
+  const int64_t n = std::clamp<int64_t>(count.as<int32_t>()[0], 0, places);
+  within<int32_t>(rows, n, -1, batch);
+  within<int32_t>(pages, n, 0, k_pages.dim(0));
+  within<int32_t>(lengths, n, 0, pages.dim(1) * page_size + 1);
+  within<int32_t>(splits, n, 0, n_partials + 1);
+  int64_t used = 0;  // places for partial results
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t first = starts.as<int32_t>()[row], parts = n_splits.as<int32_t>()[row];
-    if (parts != 0 && (first < 0 || parts < 0 || first + parts > n_partials))
+    if (parts == 0) continue;
+    if (first < 0 || parts < 0 || first + parts > n_partials)
       throw py::index_error("row " + std::to_string(row) + " has parts [" + std::to_string(first) + ", " +
                             std::to_string(first + parts) + "), and there are " + std::to_string(n_partials));
+    used = std::max(used, first + parts);
   }
   out.apart({&q, &k_pages, &v_pages, &rows, &pages, &splits, &layers, &count, &starts, &lengths, &n_splits});
   int64_t positions = 0;
   for (int64_t i = 0; i < n; ++i) positions += lengths.as<int32_t>()[i];
   const Attention a{
       batch, heads, kv_heads, d, page_size, q.dtype(), q.data(), q.stride(0), k_pages.data(), v_pages.data(), n,
-      rows.dim(1), pages.dim(1), rows.as<int32_t>(), pages.as<int32_t>(), splits.as<int32_t>(), layers.as<int32_t>(),
-      count.as<int32_t>(), starts.as<int32_t>(), lengths.as<int32_t>(), n_splits.as<int32_t>(), n_partials, scale,
+      rows.dim(1), rows.stride(0), pages.stride(0), rows.as<int32_t>(), pages.as<int32_t>(), splits.as<int32_t>(), layers.as<int32_t>(),
+      starts.as<int32_t>(), lengths.as<int32_t>(), n_splits.as<int32_t>(), used, scale,
       layer, out.data()};
   run(positions * kv_heads * d * (1 + rows.dim(1) * heads / kv_heads), [&] { kernels->grouped_decode_attention(a); });
 }
@@ -313,7 +317,7 @@ void py_sample(
   if (seen) seen.shaped({rows, vocab}).dense();
   if (sampled && !seeds) throw py::value_error("rows that sample need seeds");
   if (penalty && !seen) throw py::value_error("repetition_penalty needs seen");
-  within<int32_t>(eos, -1, vocab);
+  within<int32_t>(eos, rows, -1, vocab);
   for (const Tensor* written : {&tokens, &positions, &generated, &running, &logprobs, &seen})
     written->apart({&logits, &eos, &budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &seeds,
                     &temperature, &top_k, &top_p, &min_p, &penalty, &seen, &min_tokens});

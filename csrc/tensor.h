@@ -172,15 +172,18 @@ inline Tensor optional(const char* name, py::handle object, Kind kind) {
   return object.is_none() ? Tensor() : Tensor(name, object, kind);
 }
 
-// Every value of an index tensor in [low, high): what keeps a wrong index from becoming a wrong address.
+// Every index in the first `n` rows of a tensor of one or two dimensions in [low, high): what keeps a wrong index from
+// becoming a wrong address.
 template <class T>
-void within(const Tensor& tensor, int64_t low, int64_t high) {
-  const T* values = tensor.as<T>();
-  const int64_t n = tensor.size();
-  for (int64_t i = 0; i < n; ++i)
-    if (values[i] < low || values[i] >= high)
-      throw py::index_error(tensor.name() + " has " + std::to_string(values[i]) + " at place " + std::to_string(i) +
-                            ", which is outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
+void within(const Tensor& tensor, int64_t n, int64_t low, int64_t high) {
+  const int64_t width = tensor.ndim() == 2 ? tensor.dim(1) : 1;
+  for (int64_t i = 0; i < n; ++i) {
+    const T* values = tensor.as<T>() + i * tensor.stride(0);
+    for (int64_t j = 0; j < width; ++j)
+      if (values[j] < low || values[j] >= high)
+        throw py::index_error(tensor.name() + " has " + std::to_string(values[j]) + " at place " + std::to_string(i) +
+                              ", which is outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
+  }
 }
 
 }  // namespace icon2

@@ -26,11 +26,11 @@ void begin_step(const BeginStep& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
     const int64_t position = a.positions[row], page = position / a.page_size;
     a.slots[row] =
-        a.running[row] ? a.tables[row * a.table_width + page] * a.page_size + position % a.page_size : int64_t{-1};
+        a.running[row] ? a.tables[row * a.table_stride + page] * a.page_size + position % a.page_size : int64_t{-1};
     a.n_splits[row] = a.running[row] ? static_cast<int32_t>(position / a.split + 1) : 0;
   }
   for (int64_t item = 0; item < a.n; ++item) {
-    const int32_t* rows = a.item_rows + item * a.width;
+    const int32_t* rows = a.item_rows + item * a.rows_stride;
     bool wanted = false;
     for (int64_t i = 0; i < a.width; ++i) wanted |= rows[i] >= 0 && a.running[rows[i]];
     const int64_t first = rows[0] < 0 ? 0 : rows[0];

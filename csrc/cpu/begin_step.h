@@ -6,7 +6,7 @@
 namespace icon2 {
 
 struct BeginStep {
-  int64_t rows, table_width, page_size, half, n, width;  // half of a head's size; n items of `width` rows
+  int64_t rows, table_stride, page_size, half, n, width, rows_stride;  // half of a head's size; n items of `width` rows
   DType dtype;
   const int32_t *positions, *tables;
   const bool* running;

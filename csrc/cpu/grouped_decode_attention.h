@@ -93,7 +93,7 @@ static inline SoftmaxPart soften(float* scores, int64_t length) {
 template <class T>
 static void attend_item(const Attention& a, int64_t item, int64_t kv_head, SoftmaxPart* parts, float* sums) {
   const int64_t length = a.lengths[item], d = a.d, wide = padded(d), group = a.heads / a.kv_heads;
-  const int32_t *rows = a.rows + item * a.width, *pages = a.pages + item * a.n_pages;
+  const int32_t *rows = a.rows + item * a.rows_stride, *pages = a.pages + item * a.pages_stride;
   const int64_t most = a.width * group, span = padded(length);
   Scratch<float> memory(most * (2 * wide + span));
   float *q = memory.p, *out = q + most * wide, *scores = out + most * wide;
@@ -136,11 +136,10 @@ static void attention_of(const Attention& a) {
   SoftmaxPart* parts = reinterpret_cast<SoftmaxPart*>(sums + n_parts * wide);
   for (int64_t i = 0; i < n_parts; ++i) parts[i] = {-std::numeric_limits<float>::infinity(), 0.0f};
 
-  const int64_t count = a.count[0] < a.n ? a.count[0] : a.n;
   int64_t longest = 1;
-  for (int64_t item = 0; item < count; ++item) longest = longest > a.lengths[item] ? longest : a.lengths[item];
+  for (int64_t item = 0; item < a.n; ++item) longest = longest > a.lengths[item] ? longest : a.lengths[item];
   const int64_t queries = a.width * (a.heads / a.kv_heads);
-  parallel_for(count * a.kv_heads, longest * d * (queries + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(a.n * a.kv_heads, longest * d * (queries + 1), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t item = unit / a.kv_heads;
       const bool holds = a.layers[2 * item] <= a.layer && a.layer < a.layers[2 * item + 1];

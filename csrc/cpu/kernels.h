@@ -43,8 +43,8 @@ struct Attention {
   const void* q;
   int64_t q_stride;
   const void *k_pages, *v_pages;
-  int64_t n, width, n_pages;  // items, rows and pages of an item
-  const int32_t *rows, *pages, *splits, *layers, *count, *starts, *lengths, *n_splits;
+  int64_t n, width, rows_stride, pages_stride;  // items, and the rows of each
+  const int32_t *rows, *pages, *splits, *layers, *starts, *lengths, *n_splits;
   int64_t n_partials;
   float scale;
   int64_t layer;

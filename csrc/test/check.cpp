@@ -222,7 +222,7 @@ void check_attention(const Kernels& kernels) {
     auto slots = blank<int64_t>(batch);
     auto cos = blank<T>(batch * d), sin = blank<T>(batch * d);
     const auto inv_freq = normals<float>(d / 2);
-    begin_step({batch, 11, page, d / 2, n, 2, dtype_of<T>(), positions.data(), tables.data(), running.get(),
+    begin_step({batch, 11, page, d / 2, n, 2, 2, dtype_of<T>(), positions.data(), tables.data(), running.get(),
                 inv_freq.data(), 1.0f, rows.data(), splits.data(), count.data(), split, lengths.data(),
                 n_splits.data(), slots.data(), cos.data(), sin.data()});
     CHECK((lengths == std::vector<int32_t>{12, 12, 7, 4, 6}) && (n_splits == std::vector<int32_t>{3, 3, 1, 0}));
@@ -231,8 +231,8 @@ void check_attention(const Kernels& kernels) {
     const auto k = normals<T>(12 * page * kv * d), v = normals<T>(12 * page * kv * d);
     const auto out = with_threads<T>(batch * heads * d, [&](std::vector<T>& result) {
       kernels.grouped_decode_attention(
-          {batch, heads, kv, d, page, dtype_of<T>(), q.data(), heads * d, k.data(), v.data(), n, 2, 3, rows.data(),
-           pages.data(), splits.data(), layers.data(), count.data(), starts.data(), lengths.data(), n_splits.data(),
+          {batch, heads, kv, d, page, dtype_of<T>(), q.data(), heads * d, k.data(), v.data(), n, 2, 2, 3, rows.data(),
+           pages.data(), splits.data(), layers.data(), starts.data(), lengths.data(), n_splits.data(),
            10, 0.3f, 4, result.data()});
     });
     for (int64_t i = 0; i < heads * d; ++i) CHECK(to_float(out[static_cast<size_t>(3 * heads * d + i)]) == 0.0f);

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from icon2_rt.ops import native
 from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
 from icon2_rt.ops.attention import AttentionItems, grouped_decode_attention
 from icon2_rt.ops.begin_step import begin_step, rotary
@@ -32,7 +33,7 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native")
 class Ops:
     """One implementation of every op; same names, argument order and layout in all of them."""
 
-    backend: Backend
+    backend: Backend = "reference"
     begin_step: Callable = begin_step
     add_steer_rmsnorm: Callable = add_steer_rmsnorm
     rope_append: Callable = rope_append
@@ -48,7 +49,7 @@ def available(device: torch.device) -> dict[Backend, str | None]:
     return {
         "reference": None,
         "triton": _why_no_triton(device),
-        "native": "this version has no native extension yet",
+        "native": native.why_not if device.type == "cpu" else "it has kernels for CPUs only",
     }
 
 
@@ -63,20 +64,21 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 
 def select(backend: str, device: torch.device) -> Ops:
-    """The ops of ``backend`` (``"auto"``: the fastest that can run on ``device``).
+    """The ops of ``backend`` (``"auto"``: the fastest that can run on ``device``: on a CPU the native ones, which
+    ``bench/results`` shows right and faster there; else the reference).
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here; the message says why.
     """
     if backend == "auto":
         # A backend becomes a device's default with a stored result that shows it right and faster there.
-        return Ops("reference")
+        backend = "native" if device.type == "cpu" and native.why_not is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, not {backend!r}")
     why_not = available(device)[backend]
     if why_not is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}. Use backend='auto' or 'reference'.")
-    return triton_ops() if backend == "triton" else Ops(backend)
+    return {"reference": Ops, "triton": triton_ops, "native": native_ops}[backend]()
 
 
 def triton_ops() -> Ops:
@@ -97,6 +99,20 @@ def triton_ops() -> Ops:
         prefill_attention=prefill_attention_by_library,
         silu_mul=silu_mul,
         sample=sample,
+    )
+
+
+def native_ops() -> Ops:
+    """The C++ kernels for CPUs; matrix products of more than a few rows are torch's, and so is prefill attention."""
+    return Ops(
+        "native",
+        begin_step=native.begin_step,
+        add_steer_rmsnorm=native.add_steer_rmsnorm,
+        rope_append=native.rope_append,
+        grouped_decode_attention=native.grouped_decode_attention,
+        silu_mul=native.silu_mul,
+        linear=native.linear,
+        sample=native.sample,
     )
 
 
