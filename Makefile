@@ -12,7 +12,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
-INPUTS := pyproject.toml setup.py Makefile
+INPUTS := pyproject.toml setup.py Makefile $(shell find csrc -type f)
 
 .PHONY: help env demo test test-oldest lint type fmt bench docs
 
@@ -20,12 +20,13 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 # $(call install,VENV,CONSTRAINTS,REQUIREMENT). torch is named first and by its pinned version: left to itself, a
-# resolver picks the newest build there is. The package is built with the environment's own setuptools.
+# resolver picks the newest build there is. The package is built with the environment's own setuptools and pybind11; the
+# native extension takes a minute, and is left out where there is no C++ compiler.
 define install
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "installing $(3) into $(1) with $(PYTHON) (the first time takes a minute or two)"
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	@$(1)/bin/python -m pip install -q -c $(2) "setuptools>=77.0.3" torch==$$(sed -n 's/^torch==//p' $(2))
+	@$(1)/bin/python -m pip install -q -c $(2) "setuptools>=77.0.3" pybind11 torch==$$(sed -n 's/^torch==//p' $(2))
 	@$(1)/bin/python -m pip install -q -c $(2) --no-build-isolation -e "$(3)"
 	@touch $@
 endef

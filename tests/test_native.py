@@ -32,7 +32,7 @@ class GuardedMemory:
         self.buffers: list[tuple[Tensor, int, int]] = []
         self.int64, self.contiguous_format = torch.int64, torch.contiguous_format
 
-    def empty(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: int | tuple[int, ...], dtype: torch.dtype, device: object = None) -> Tensor:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         n = math.prod(shape) * dtype.itemsize
         buffer = torch.full((GUARD + n + GUARD,), POISON, dtype=torch.uint8)

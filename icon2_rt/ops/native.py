@@ -82,7 +82,7 @@ def rope_append(
     """:func:`icon2_rt.ops.rope_append`."""
     _, _, kv_heads, d = k_pages.shape
     rows, width = qkv.shape
-    q = torch.empty((rows, width // d - 2 * kv_heads, d), dtype=qkv.dtype)
+    q = torch.empty((rows, width // d - 2 * kv_heads, d), dtype=qkv.dtype, device=qkv.device)
     extension.rope_append(qkv, cos, sin, q_norm, k_norm, eps, k_pages, v_pages, slots, q)
     return q
 
@@ -98,8 +98,8 @@ def begin_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`icon2_rt.ops.begin_step`."""
     rows, d = state.positions.shape[0], 2 * inv_freq.shape[0]
-    slots = torch.empty(rows, dtype=torch.int64)
-    cos, sin = torch.empty((2, rows, 1, d), dtype=dtype)
+    slots = torch.empty(rows, dtype=torch.int64, device=tables.device)
+    cos, sin = torch.empty((2, rows, 1, d), dtype=dtype, device=tables.device)
     extension.begin_step(
         state.positions, state.running, tables, page_size, inv_freq, rope_scaling, items.rows, items.splits,
         items.count, items.lengths, items.n_splits, items.split, slots, cos, sin,
@@ -112,7 +112,7 @@ def grouped_decode_attention(
 ) -> Tensor:
     """:func:`icon2_rt.ops.grouped_decode_attention`."""
     batch, heads, d = q.shape
-    out = torch.empty((batch, heads * d), dtype=q.dtype)
+    out = torch.empty((batch, heads * d), dtype=q.dtype, device=q.device)
     extension.grouped_decode_attention(
         q, k_pages, v_pages, items.rows, items.pages, items.splits, items.layers, items.count, items.starts,
         items.lengths, items.n_splits, items.n_partials, scale, layer, out,
@@ -123,7 +123,7 @@ def grouped_decode_attention(
 def silu_mul(gate_up: Tensor) -> Tensor:
     """:func:`icon2_rt.ops.silu_mul`."""
     rows, width = gate_up.shape
-    out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
+    out = torch.empty((rows, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     extension.silu_mul(gate_up, out)
     return out
 
@@ -133,7 +133,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.shape[0]
     if rows > FEW_ROWS:
         return F.linear(x, weight, bias)
-    out = torch.empty((rows, weight.shape[0]), dtype=x.dtype)
+    out = torch.empty((rows, weight.shape[0]), dtype=x.dtype, device=x.device)
     extension.linear(x, weight, bias, out)
     return out
 
