@@ -106,7 +106,7 @@ def _backends() -> list[Finding]:
 _BACKENDS = {
     "reference": "plain PyTorch: the definition of every operation, runs everywhere",
     "triton": "Triton kernels and CUDA graphs, for CUDA devices",
-    "native": "C++ and CUDA, compiled at installation",
+    "native": f"C++ for CPUs, compiled at installation: {ops.native.describe()}",
 }
 
 
@@ -126,7 +126,11 @@ def _choice() -> list[Finding]:
     why = "a CUDA device is there" if device.type == "cuda" else "there is no CUDA device"
     backend = ops.select("auto", device).backend
     others = [name for name, reason in ops.available(device).items() if reason is None and name != backend]
-    because = f"no stored result shows {' or '.join(others)} right and faster here" if others else "the only one here"
+    because = "the only one here"
+    if backend == "native":
+        because = "stored results show it right and faster than the reference on a CPU"
+    elif others:
+        because = f"no stored result shows {' or '.join(others)} right and faster here"
     return [
         Finding("would be used", "device", str(device), advice=why),
         Finding("would be used", "backend", backend, advice=because),

@@ -7,6 +7,7 @@ argument's name. Threads are those of torch's OpenMP runtime, as many as ``torch
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from icon2_rt.ops.state import RowState
 def _load() -> tuple[Any, str | None]:
     """The extension, ready for use, or None and why it is not there."""
     try:
-        from icon2_rt import _native
+        _native: Any = importlib.import_module("icon2_rt._native")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
             return None, "a pure Python installation: it was installed without a C++ compiler or without pybind11"
@@ -37,6 +38,15 @@ def _load() -> tuple[Any, str | None]:
 
 
 extension, why_not = _load()
+
+
+def describe() -> str:
+    """What was built, and what of it this process uses."""
+    if extension is None:
+        return "not built"
+    threads = "torch's OpenMP threads" if extension.openmp_path() else "one thread: no OpenMP runtime was found"
+    return f"{extension.instruction_set()} in use ({', '.join(extension.instruction_sets())} can be); {threads}"
+
 
 # Up to so many rows a weight is read once by our own kernel; above, a matrix product by torch is faster.
 FEW_ROWS = 8
