@@ -18,7 +18,9 @@ def micro(arguments: Sequence[str]) -> None:
     subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *arguments], cwd=ROOT, check=True)
 
 
-ONE = ("pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "training", "results")
+ONE = (
+    "backends", "pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "training", "results",
+)  # fmt: skip
 
 
 def run(name: str, arguments: Sequence[str] = ()) -> None:
@@ -41,6 +43,7 @@ def main() -> None:
         parser.error(f"{rest}: options belong to one benchmark, say which of {list(ONE)}")
     run("micro")
     for model in ("tiny", "random100m"):
+        run("backends", ["--model", model])
         run("pairs", ["--model", model])
         run("memory", ["--model", model])
     run("results")

@@ -99,6 +99,27 @@ def _pairs(record: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+def _backends(record: dict[str, Any]) -> str:
+    rows = []
+    for f in record["figures"]:
+        reference = f["milliseconds"]["reference"]
+        for name, s in f["milliseconds"].items():
+            times = [f"{s[k]:.2f}" for k in ("p5", "median", "p95")]
+            ratios = [f"{reference[k] / s[k]:.2f}×" for k in ("p5", "median")]
+            rows.append([f["prompts"], name, *times, *ratios, f"{100 * f['agreement'][name]:.1f} %", f["load"][0]])
+    heads = ["prompts", "backend", "5 %", "median", "95 %", "over reference: 5 %", "median", "equal tokens", "load"]
+    return "\n".join(
+        [
+            f"### {_model(record['model'])}\n",
+            "Milliseconds of a decode step (greedy pairs, both branches steered on the middle third of the blocks), "
+            f"percentiles over {record['settings']['rounds']} rounds of {record['settings']['new_tokens']} tokens in "
+            "which the backends take turns. On a machine that does other things the fifth percentile is nearest to "
+            f"what a step takes. Native: {record['settings']['native']}.\n",
+            _table(heads, rows),
+        ]
+    )
+
+
 def _memory(record: dict[str, Any]) -> str:
     ways, figures = record["settings"]["ways"], record["figures"]
     rows = [
@@ -368,6 +389,7 @@ SECTIONS = (
     ("training", "Training on the pairs, and what they cost", _training),
     ("step", "A decode step", _step),
     ("overhead", "What steering, branches and sharing cost", _overhead),
+    ("backends", "The backends of a CPU beside each other", _backends),
     ("pairs", "Pairs per second, end to end", _pairs),
     ("memory", "Peak memory of a pair beside two single runs", _memory),
     ("micro", "The ops one by one", _micro),

@@ -194,7 +194,8 @@ void py_begin_step(
   sin.shaped({batch, 1, 2 * half}).dense().like(cos);
   if (page_size < 1 || split < 1) throw py::value_error("page_size and split must be at least 1");
   if (n > 0 && rows.dim(1) == 0) throw py::value_error("rows must have a place in every item");
-  within<int32_t>(rows, n, -1, batch);
+  const int64_t used = std::clamp<int64_t>(count.as<int32_t>()[0], 0, n);
+  within<int32_t>(rows, used, -1, batch);
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t position = positions.as<int32_t>()[row];
     if (running.as<bool>()[row] && (position < 0 || position / page_size >= tables.dim(1)))
@@ -206,9 +207,9 @@ void py_begin_step(
     written->apart({&positions, &running, &tables, &inv_freq, &rows, &splits, &count, &lengths, &n_splits, &slots,
                     &cos, &sin});
   begin_step(
-      {batch, tables.stride(0), page_size, half, n, n ? rows.dim(1) : 0, rows.stride(0), cos.dtype(), positions.as<int32_t>(),
+      {batch, tables.stride(0), page_size, half, n, n ? rows.dim(1) : 0, rows.stride(0), used, cos.dtype(), positions.as<int32_t>(),
        tables.as<int32_t>(), running.as<bool>(), inv_freq.as<float>(), rope_scaling, rows.as<int32_t>(),
-       splits.as<int32_t>(), count.as<int32_t>(), split, lengths.as<int32_t>(), n_splits.as<int32_t>(),
+       splits.as<int32_t>(), split, lengths.as<int32_t>(), n_splits.as<int32_t>(),
        slots.as<int64_t>(), cos.data(), sin.data()});
 }
 

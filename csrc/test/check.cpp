@@ -211,7 +211,7 @@ void check_attention(const Kernels& kernels) {
   for (int64_t d : {8, 34, 128}) {
     // Two rows share splits 0 and 1; a third is alone; a fourth does not run. Splits of 3 pages of 4 tokens.
     const int64_t batch = 4, heads = 6, kv = 2, page = 4, split = 12, n = 5;
-    const std::vector<int32_t> rows{0, 1, 0, 1, 0, -1, 1, -1, 2, -1}, splits{0, 1, 2, 2, 0}, count{5},
+    const std::vector<int32_t> rows{0, 1, 0, 1, 0, -1, 1, -1, 2, -1}, splits{0, 1, 2, 2, 0},
         starts{0, 3, 6, 9}, positions{30, 27, 5, 40};
     const std::vector<int32_t> pages{0, 1, 2, 3, 4, 5, 6, 7, 0, 8, 9, 0, 10, 11, 0};
     const std::vector<int32_t> layers{0, 9, 0, 9, 0, 9, 0, 9, 0, 9};
@@ -222,8 +222,8 @@ void check_attention(const Kernels& kernels) {
     auto slots = blank<int64_t>(batch);
     auto cos = blank<T>(batch * d), sin = blank<T>(batch * d);
     const auto inv_freq = normals<float>(d / 2);
-    begin_step({batch, 11, page, d / 2, n, 2, 2, dtype_of<T>(), positions.data(), tables.data(), running.get(),
-                inv_freq.data(), 1.0f, rows.data(), splits.data(), count.data(), split, lengths.data(),
+    begin_step({batch, 11, page, d / 2, n, 2, 2, n, dtype_of<T>(), positions.data(), tables.data(), running.get(),
+                inv_freq.data(), 1.0f, rows.data(), splits.data(), split, lengths.data(),
                 n_splits.data(), slots.data(), cos.data(), sin.data()});
     CHECK((lengths == std::vector<int32_t>{12, 12, 7, 4, 6}) && (n_splits == std::vector<int32_t>{3, 3, 1, 0}));
     CHECK(slots[0] == 4 + 2 && slots[3] == -1 && finite(cos) && finite(sin));
