@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from icon2_rt import Direction, Runtime
-from icon2_rt.engine import prefill
+from icon2_rt.engine import Engine, EngineOptions, prefill
 from icon2_rt.engine.graphs import StepGraphs, buckets
+from icon2_rt.ops import Ops
 from tests.models import random_prompts, random_vectors, tiny_llama
 
 A = Direction("a", random_vectors(4, 48, seed=0))
@@ -123,3 +125,36 @@ def test_a_bucket_that_does_not_fit_is_given_up_with_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match="of 1 rows"):
         nothing, _ = captured(monkeypatch, seats=4, fits=0)
     assert nothing.largest == 0
+
+
+def test_memory_that_runs_out_during_the_capture_is_known_behind_the_capture_s_own_error(monkeypatch):
+    class Capture:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, kind: type | None, *rest: object) -> None:
+            if kind is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    calls: list[int] = []
+
+    def step(rows: int) -> None:
+        calls.append(rows)
+        if rows == 4 and calls.count(4) == 2:  # the warm-up fitted
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if rows == 1 and calls.count(1) == 2:
+            raise RuntimeError("an illegal memory access")
+
+    captured(monkeypatch, seats=1, fits=1)  # the doubles
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: Capture())
+    with pytest.warns(UserWarning, match="of 4 rows"):
+        assert StepGraphs(step, [2, 4], torch.device("cuda")).largest == 2
+    with pytest.raises(RuntimeError, match="previous error"):
+        StepGraphs(step, [1], torch.device("cuda"))
+
+
+def test_a_model_with_more_heads_than_the_kernels_tile_is_refused_before_it_runs():
+    rt = Runtime(tiny_llama(num_attention_heads=24, num_key_value_heads=1, head_dim=8), device="cpu")
+    model = replace(rt._engine.model, ops=Ops("triton"))
+    with pytest.raises(ValueError, match=r"24 query heads for each KV head.*backend='reference'"):
+        Engine(model, EngineOptions())

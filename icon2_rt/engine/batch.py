@@ -120,7 +120,9 @@ class Batch:
                     _put(self.buffers.state.running[seat : seat + 1], np.zeros(1, dtype=bool))
         while self.rows and self.rows[-1] is None:
             self.rows.pop()
-        if not self.fixed:  # else the layout still holds: an item that only such a seat needs has no length
+        width = len(self._inputs.state.tokens) if self._inputs is not None else 0
+        # In fixed buffers the layout still holds: an item that only such a seat needs has no length.
+        if not self.fixed or self._width(len(self.rows)) < width:
             self._valid = 0
 
     def clear(self) -> None:

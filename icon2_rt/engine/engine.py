@@ -18,6 +18,7 @@ from torch import Tensor
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.batch import Batch, BatchSizes, Manner
 from icon2_rt.engine.forward import Model, logits
+from icon2_rt.engine.items import ITEM_QUERIES
 from icon2_rt.engine.kv import KVPages, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
@@ -79,6 +80,12 @@ class Engine:
     def __init__(self, model: Model, options: EngineOptions):
         spec = model.spec
         self.model, self.options = model, options
+        heads = spec.n_heads // spec.n_kv_heads
+        if model.ops.backend == "triton" and heads > ITEM_QUERIES:
+            raise ValueError(
+                f"this model has {heads} query heads for each KV head; the Triton kernels' tile holds {ITEM_QUERIES}. "
+                f"Use backend='reference'"
+            )
         n_pages = plan_pages(spec, options.page_size, model.dtype, model.device, options.kv_memory)
         with torch.inference_mode(False):  # tensors made inside it could not be written to outside
             self.kv = KVPages(spec, n_pages, options.page_size, model.dtype, model.device)
@@ -135,9 +142,11 @@ class Engine:
             while waiting or running:
                 if batch.sparse and not batch.under_way:
                     batch.close_ranks()
-                for rows in self._admit(waiting, len(running), batch):
+                admitted = self._admit(waiting, len(running), batch)
+                for rows in admitted:
                     groups[id(rows[0].request)] = rows
                     running += rows
+                for rows in admitted:
                     batch.join(rows)
                 if not running:  # nothing of ours will free a page: somebody else holds them
                     self._check_free(self._plan(waiting[0]).pages)

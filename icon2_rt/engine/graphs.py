@@ -38,7 +38,9 @@ class StepGraphs:
                 torch.cuda.synchronize()
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
                     step(rows)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
                 warnings.warn(
                     f"no memory is left for a CUDA graph of {rows} rows: fewer run at once. A smaller kv_memory= or "
                     f"max_rows= leaves more",
@@ -59,3 +61,10 @@ class StepGraphs:
         if graph is not None:
             graph.replay()
         return graph is not None
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Is it that, or was it while that was handled? A capture that ends early has an error of its own to report."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
