@@ -19,7 +19,7 @@ from torch import Tensor
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.forward import Model
 from icon2_rt.engine.graphs import StepGraphs, buckets
-from icon2_rt.engine.items import ItemTable, item_rows, plan_items
+from icon2_rt.engine.items import ItemTable, item_rows, partials_of, plan_items
 from icon2_rt.engine.kv import KVPages
 from icon2_rt.engine.rows import Request, Row
 from icon2_rt.engine.step import StepInputs, decode_step
@@ -77,11 +77,12 @@ class Batch:
             self.buffers = _allocate(model, kv, bank, sizes)
         self._inputs: StepInputs | None = None
         self._valid = 0  # steps for which the layout holds
+        self._changed = True  # other rows, or rows steered otherwise, since steering and sampling were worked out
         self._unsteered: list[Row] = []  # whose steering begins with the next step
+        self._buckets = buckets(sizes.seats)
         self._graphs = None
         if manner.graphs:
-            steps = buckets(sizes.seats)
-            self._graphs = StepGraphs(lambda n: decode_step(model, kv, self._views(n)), steps, model.device)
+            self._graphs = StepGraphs(lambda n: decode_step(model, kv, self._views(n)), self._buckets, model.device)
 
     @property
     def free_partials(self) -> int:
@@ -90,7 +91,7 @@ class Batch:
 
     def partials_of(self, request: Request) -> int:
         """Places that one row of ``request`` needs at its end: one for each split."""
-        return -(-request.positions // (self.kv.page_size * self.sizes.split_pages))
+        return partials_of(request, self.kv.page_size * self.sizes.split_pages)
 
     @property
     def capacity(self) -> int:
@@ -112,7 +113,7 @@ class Batch:
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Free the seats of ``rows``, whatever the device makes of them meanwhile."""
-        gone = {id(row): row for row in rows}
+        gone = {id(row) for row in rows}
         for seat, row in enumerate(self.rows):
             if row is not None and id(row) in gone:
                 self.rows[seat] = None
@@ -123,14 +124,14 @@ class Batch:
         width = len(self._inputs.state.tokens) if self._inputs is not None else 0
         # In fixed buffers the layout still holds: an item that only such a seat needs has no length.
         if not self.fixed or self._width(len(self.rows)) < width:
-            self._valid = 0
+            self._invalidate()
 
     def clear(self) -> None:
         """Nobody runs; results under way are nobody's."""
         self.rows.clear()
         self.under_way.clear()
         self._unsteered.clear()
-        self._valid = 0
+        self._invalidate()
         self.buffers.state.running.zero_()
 
     @property
@@ -149,7 +150,11 @@ class Batch:
         """Seats that are run where ``n`` are taken."""
         if not self.fixed:
             return n
-        return next((b for b in buckets(self.sizes.seats) if b >= n), n)
+        return next((b for b in self._buckets if b >= n), n)
+
+    def _invalidate(self) -> None:
+        """The next step is laid out anew, steering and sampling included."""
+        self._valid, self._changed = 0, True
 
     def _write(self, seats: Sequence[int]) -> None:
         """Bring rows into the buffers as the host knows them; other seats are not touched."""
@@ -174,7 +179,7 @@ class Batch:
                 seen[[*sitter.request.tokens, *sitter.tokens]] = True
                 assert how.seen is not None
                 _put(how.seen[seat], seen)
-        self._valid = 0
+        self._invalidate()
 
     # ---------------------------------------------------------------- steps
 
@@ -198,7 +203,7 @@ class Batch:
             if row is not None:
                 row.launched += 1
         if any(row.steering is not None for row in self._unsteered):  # "generated" begins after the first step
-            self._valid = 0
+            self._invalidate()
         self._unsteered.clear()
 
     def results(self) -> list[tuple[Row, int, float]]:
@@ -221,13 +226,15 @@ class Batch:
             self._valid = min(EXACT_HORIZON, *left, *(split - row.next_position % split for _, row in running))
             ahead = [self._valid] * len(running)
         table = plan_items(running, ahead, self.kv.page_size, self.sizes.split_pages, self.model.spec)
+        _put_items(self.buffers.items, table)
         steerings = [row.steering if row is not None else None for row in self.rows]
         if self.fixed:
-            _put_items(self.buffers.items, table)
-            self._put_steering(steerings)
+            if self._changed:
+                self._put_steering(steerings)
             self._inputs = self._views(self._width(n))
         else:
-            self._inputs = self._exact(n, table, steerings)
+            self._inputs = self._exact(table, steerings)
+        self._changed = False
 
     def _put_steering(self, steerings: Sequence[CompiledSteering | None]) -> None:
         buffers = self.buffers.steering
@@ -251,10 +258,9 @@ class Batch:
             sampling=RowSampling(*(x[:n] for x in vars(b.sampling).values())),
         )
 
-    def _exact(self, n: int, table: ItemTable, steerings: Sequence[CompiledSteering | None]) -> StepInputs:
+    def _exact(self, table: ItemTable, steerings: Sequence[CompiledSteering | None]) -> StepInputs:
         """The rows there are, and what the host knows of them."""
-        inputs, m = self._views(n), len(table.rows)
-        _put_items(self.buffers.items, table)
+        inputs, m = self._views(len(self.rows)), len(table.rows)
         items = replace(
             inputs.items,
             rows=inputs.items.rows[:m, : table.width],
@@ -264,6 +270,8 @@ class Batch:
             lengths=inputs.items.lengths[:m],
             dense=True,
         )
+        if not self._changed and self._inputs is not None:  # as before, but for the items
+            return replace(self._inputs, items=items)
         rows = [row for row in self.rows if row is not None]  # all of them: there is no gap here
         vocab = self.model.spec.vocab_size
         needed = sampling_of(rows, vocab, self.sizes.eos)

@@ -18,7 +18,7 @@ from torch import Tensor
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.batch import Batch, BatchSizes, Manner
 from icon2_rt.engine.forward import Model, logits
-from icon2_rt.engine.items import ITEM_QUERIES
+from icon2_rt.engine.items import ITEM_QUERIES, partials_of
 from icon2_rt.engine.kv import KVPages, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
@@ -193,7 +193,7 @@ class Engine:
         """Buffers for a call, used again by the next one; calls that nest have each their own."""
         options, kv = self.options, self.kv
         split = kv.page_size * options.split_pages
-        needs = [len(r.branches) * -(-r.positions // split) for r in requests]
+        needs = [len(r.branches) * partials_of(r, split) for r in requests]
         each = 4 * self.model.spec.n_heads * (self.model.spec.head_dim + 1)  # bytes of a partial result
         room = max(_LEAST_WORKSPACE, kv.n_bytes // 64) // each
         seats = max([options.max_rows, *(len(r.branches) for r in requests)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from icon2_rt.engine.rows import Row
+from icon2_rt.engine.rows import Request, Row
 from icon2_rt.models import DecoderSpec
 
 # Queries of one item: a tensor-core tile has 16, for the rows of the item times the query heads of a KV head.
@@ -31,6 +31,11 @@ class ItemTable:
 def item_rows(spec: DecoderSpec) -> int:
     """The most rows of an item; a larger group is several adjacent ones."""
     return max(1, ITEM_QUERIES // (spec.n_heads // spec.n_kv_heads))
+
+
+def partials_of(request: Request, split: int) -> int:
+    """Places for partial results that one row of ``request`` needs at its end: one for each ``split`` positions."""
+    return -(-request.positions // split)
 
 
 def plan_items(
@@ -64,7 +69,7 @@ def plan_items(
                     found.append(key)
                 members[item].append(seat)
         starts[seat] = taken
-        taken += -(-row.request.positions // split)
+        taken += partials_of(row.request, split)
     table_of_rows = np.full((len(members), most), -1, dtype=np.int32)
     pages = np.empty((len(members), split_pages), dtype=np.int32)
     for item, (seats, (*_, ids)) in enumerate(zip(members, found, strict=True)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.forward import Model, Observe, computing, embed, finish, run_blocks
+from icon2_rt.engine.forward import Attend, Model, Observe, computing, embed, finish, run_blocks
 from icon2_rt.engine.kv import KVPages
 from icon2_rt.ops import RowSteering, Segment, Segments, rotary
 from icon2_rt.steering import CompiledSteering
@@ -141,8 +141,8 @@ def _run_pack(
     tokens = torch.tensor([t for n, start, end in pieces for t in jobs[n].tokens[start:end]], device=device)
     watch: Observe | None = None if observe is None else (lambda layer, h: observe(pieces, layer, h))
 
-    def lay_out(copies: list[tuple[int, int, int, Copy]]) -> tuple[Tensor, Tensor, Callable[[int, Tensor], Tensor]]:
-        """Positions, slots and attention of pieces (job, start, end) with the copy that they are computed for."""
+    def lay_out(copies: list[tuple[int, int, int, Copy]]) -> tuple[tuple[Tensor, Tensor], Tensor, Attend]:
+        """Rotary factors, slots and attention of pieces (job, start, end) with the copy that they are computed for."""
         positions = torch.cat([_span(start, end) for _, start, end, _ in copies])
         slots, segments, begin = [], [], 0
         for _, start, end, copy in copies:
@@ -156,7 +156,8 @@ def _run_pack(
         def attend(layer: int, q: Tensor) -> Tensor:
             return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], packed, scale)
 
-        return positions.to(device), torch.cat(slots).to(device), attend
+        rope = rotary(positions.to(device), model.weights.inv_freq, model.spec.rope_scaling, model.dtype)
+        return rope, torch.cat(slots).to(device), attend
 
     def steer(copies: list[tuple[int, int, int, Copy]]) -> RowSteering | None:
         return bank.row_steering(
@@ -168,8 +169,7 @@ def _run_pack(
         )
 
     shared = [(n, start, end, jobs[n].copies[0]) for n, start, end in pieces]
-    positions, slots, attend = lay_out(shared)
-    rope = rotary(positions, model.weights.inv_freq, model.spec.rope_scaling, model.dtype)
+    rope, slots, attend = lay_out(shared)
     stream = embed(model, tokens)
     if fork is None:
         steering = steer(shared) if any(copy.steering for *_, copy in shared) else None
@@ -194,12 +194,12 @@ def _run_pack(
             forked.append((n, start, end, copy))
             rows.append(_span(begin, begin + end - start))
         begin += end - start
-    positions, slots, attend = lay_out(forked)
+    rope, slots, attend = lay_out(forked)
     run_blocks(
         model,
         stream.take(torch.cat(rows).to(device)),
         range(fork + 1, n_layers),
-        rotary(positions, model.weights.inv_freq, model.spec.rope_scaling, model.dtype),
+        rope,
         kv,
         slots,
         attend,
