@@ -12,6 +12,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INPUTS := pyproject.toml setup.py Makefile $(shell find csrc -type f)
 
 .PHONY: help env demo test test-oldest lint type fmt bench docs
@@ -61,16 +62,20 @@ test: $(VENV)/.dev ## every test, then the kernels under Triton's interpreter
 test-oldest: .venv-oldest/.dev ## the same tests with the oldest supported triton and transformers, in .venv-oldest
 	$(call tests,.venv-oldest)
 
-lint: $(VENV)/.dev ## ruff: rules and formatting
+lint: $(VENV)/.dev ## rules and formatting: ruff for Python, clang-format and clang-tidy for C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	echo $(filter %.cpp,$(NATIVE)) | xargs -n 1 -P 4 sh -c \
+		'$(BIN)/clang-tidy --quiet $$0 -- -std=c++17 -Icsrc '"$$($(BIN)/python -m pybind11 --includes)"
 
 type: $(VENV)/.dev ## mypy on the package
 	$(BIN)/mypy
 
-fmt: $(VENV)/.dev ## mend formatting and what ruff can mend
+fmt: $(VENV)/.dev ## mend formatting, and what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE)
 
 bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/icon2 bench

@@ -39,8 +39,7 @@ void use_instruction_set(const std::string& name) {
       return;
     }
   }
-  throw py::value_error("instruction set '" + name + "' is not one of " +
-                        std::string(py::str(instruction_sets())));
+  throw py::value_error("instruction set '" + name + "' is not one of " + std::string(py::str(instruction_sets())));
 }
 
 // Other Python threads may run while a kernel works for long; for a short one giving way costs more than it is worth.
@@ -54,10 +53,10 @@ void run(int64_t work, F f) {
   }
 }
 
-void py_add_steer_rmsnorm(
-    py::handle x_, py::handle residual_, py::handle weight_, float eps, py::handle bank_, py::handle count_,
-    py::handle index_, py::handle alpha_, py::handle beta_, py::handle keep_norm_, py::handle which_, int64_t layer,
-    py::handle measured_, py::handle out_, py::handle normed_) {
+void py_add_steer_rmsnorm(py::handle x_, py::handle residual_, py::handle weight_, float eps, py::handle bank_,
+                          py::handle count_, py::handle index_, py::handle alpha_, py::handle beta_,
+                          py::handle keep_norm_, py::handle which_, int64_t layer, py::handle measured_,
+                          py::handle out_, py::handle normed_) {
   const Tensor residual("residual", residual_, Kind::floating), weight("weight", weight_, Kind::floating);
   const Tensor x = optional("x", x_, Kind::floating);
   residual.shaped({-1, -1}).dense(1);
@@ -112,8 +111,9 @@ void py_add_steer_rmsnorm(
       for (int64_t k = 0; good && k < counts[at]; ++k)
         good = places[at * terms + k] >= 0 && places[at * terms + k] < bank.dim(0);
       if (!good)
-        throw py::index_error("steering " + std::to_string(s) + " at block " + std::to_string(layer) + ": count must be in [0, " +
-                              std::to_string(terms) + "] and index in [0, " + std::to_string(bank.dim(0)) + ")");
+        throw py::index_error("steering " + std::to_string(s) + " at block " + std::to_string(layer) +
+                              ": count must be in [0, " + std::to_string(terms) + "] and index in [0, " +
+                              std::to_string(bank.dim(0)) + ")");
     }
     out.apart({&x, &residual, &weight, &normed, &measured, &bank, &count, &index, &alpha, &beta, &keep_norm, &which});
     normed.apart({&x, &residual, &weight, &measured, &bank, &count, &index, &alpha, &beta, &keep_norm, &which});
@@ -133,9 +133,8 @@ void py_add_steer_rmsnorm(
   run(rows * hidden * 8, [&] { kernels->add_steer_rmsnorm(a); });
 }
 
-void py_rope_append(
-    py::handle qkv_, py::handle cos_, py::handle sin_, py::handle q_norm_, py::handle k_norm_, float eps,
-    py::handle k_pages_, py::handle v_pages_, py::handle slots_, py::handle q_) {
+void py_rope_append(py::handle qkv_, py::handle cos_, py::handle sin_, py::handle q_norm_, py::handle k_norm_,
+                    float eps, py::handle k_pages_, py::handle v_pages_, py::handle slots_, py::handle q_) {
   const Tensor qkv("qkv", qkv_, Kind::floating), cos("cos", cos_, Kind::floating), sin("sin", sin_, Kind::floating),
       k_pages("k_pages", k_pages_, Kind::floating), v_pages("v_pages", v_pages_, Kind::floating),
       slots("slots", slots_, Kind::i64), q("q", q_, Kind::floating);
@@ -162,22 +161,34 @@ void py_rope_append(
   q.apart({&qkv, &cos, &sin, &k_pages, &v_pages, &slots, &q_norm, &k_norm});
   k_pages.apart({&qkv, &cos, &sin, &v_pages, &slots, &q_norm, &k_norm});
   v_pages.apart({&qkv, &cos, &sin, &slots, &q_norm, &k_norm});
-  const RopeAppend a{
-      rows,       heads,        kv_heads,       d,                 qkv.dtype(),       qkv.data(),
-      qkv.stride(0), cos.data(), sin.data(),    q_norm.as<void>(), k_norm.as<void>(), eps,
-      k_pages.data(), v_pages.data(), slots.as<int64_t>(), q.data()};
+  const RopeAppend a{rows,
+                     heads,
+                     kv_heads,
+                     d,
+                     qkv.dtype(),
+                     qkv.data(),
+                     qkv.stride(0),
+                     cos.data(),
+                     sin.data(),
+                     q_norm.as<void>(),
+                     k_norm.as<void>(),
+                     eps,
+                     k_pages.data(),
+                     v_pages.data(),
+                     slots.as<int64_t>(),
+                     q.data()};
   run(rows * qkv.dim(1) * 4, [&] { kernels->rope_append(a); });
 }
 
-void py_begin_step(
-    py::handle positions_, py::handle running_, py::handle tables_, int64_t page_size, py::handle inv_freq_,
-    float rope_scaling, py::handle rows_, py::handle splits_, py::handle count_, py::handle lengths_,
-    py::handle n_splits_, int64_t split, py::handle slots_, py::handle cos_, py::handle sin_) {
+void py_begin_step(py::handle positions_, py::handle running_, py::handle tables_, int64_t page_size,
+                   py::handle inv_freq_, float rope_scaling, py::handle rows_, py::handle splits_, py::handle count_,
+                   py::handle lengths_, py::handle n_splits_, int64_t split, py::handle slots_, py::handle cos_,
+                   py::handle sin_) {
   const Tensor positions("positions", positions_, Kind::i32), running("running", running_, Kind::boolean),
       tables("tables", tables_, Kind::i32), inv_freq("inv_freq", inv_freq_, Kind::f32), rows("rows", rows_, Kind::i32),
-      splits("splits", splits_, Kind::i32), count("count", count_, Kind::i32),
-      lengths("lengths", lengths_, Kind::i32), n_splits("n_splits", n_splits_, Kind::i32),
-      slots("slots", slots_, Kind::i64), cos("cos", cos_, Kind::floating), sin("sin", sin_, Kind::floating);
+      splits("splits", splits_, Kind::i32), count("count", count_, Kind::i32), lengths("lengths", lengths_, Kind::i32),
+      n_splits("n_splits", n_splits_, Kind::i32), slots("slots", slots_, Kind::i64), cos("cos", cos_, Kind::floating),
+      sin("sin", sin_, Kind::floating);
   positions.shaped({-1}).dense();
   inv_freq.shaped({-1}).dense();
   const int64_t batch = positions.dim(0), half = inv_freq.dim(0);
@@ -204,19 +215,35 @@ void py_begin_step(
                             std::to_string(page_size) + " tokens");
   }
   for (const Tensor* written : {&lengths, &n_splits, &slots, &cos, &sin})
-    written->apart({&positions, &running, &tables, &inv_freq, &rows, &splits, &count, &lengths, &n_splits, &slots,
-                    &cos, &sin});
-  begin_step(
-      {batch, tables.stride(0), page_size, half, n, n ? rows.dim(1) : 0, rows.stride(0), used, cos.dtype(), positions.as<int32_t>(),
-       tables.as<int32_t>(), running.as<bool>(), inv_freq.as<float>(), rope_scaling, rows.as<int32_t>(),
-       splits.as<int32_t>(), split, lengths.as<int32_t>(), n_splits.as<int32_t>(),
-       slots.as<int64_t>(), cos.data(), sin.data()});
+    written->apart(
+        {&positions, &running, &tables, &inv_freq, &rows, &splits, &count, &lengths, &n_splits, &slots, &cos, &sin});
+  begin_step({batch,
+              tables.stride(0),
+              page_size,
+              half,
+              n,
+              n ? rows.dim(1) : 0,
+              rows.stride(0),
+              used,
+              cos.dtype(),
+              positions.as<int32_t>(),
+              tables.as<int32_t>(),
+              running.as<bool>(),
+              inv_freq.as<float>(),
+              rope_scaling,
+              rows.as<int32_t>(),
+              splits.as<int32_t>(),
+              split,
+              lengths.as<int32_t>(),
+              n_splits.as<int32_t>(),
+              slots.as<int64_t>(),
+              cos.data(),
+              sin.data()});
 }
 
-void py_attention(
-    py::handle q_, py::handle k_pages_, py::handle v_pages_, py::handle rows_, py::handle pages_, py::handle splits_,
-    py::handle layers_, py::handle count_, py::handle starts_, py::handle lengths_, py::handle n_splits_,
-    int64_t n_partials, float scale, int64_t layer, py::handle out_) {
+void py_attention(py::handle q_, py::handle k_pages_, py::handle v_pages_, py::handle rows_, py::handle pages_,
+                  py::handle splits_, py::handle layers_, py::handle count_, py::handle starts_, py::handle lengths_,
+                  py::handle n_splits_, int64_t n_partials, float scale, int64_t layer, py::handle out_) {
   const Tensor q("q", q_, Kind::floating), k_pages("k_pages", k_pages_, Kind::floating),
       v_pages("v_pages", v_pages_, Kind::floating), rows("rows", rows_, Kind::i32), pages("pages", pages_, Kind::i32),
       splits("splits", splits_, Kind::i32), layers("layers", layers_, Kind::i32), count("count", count_, Kind::i32),
@@ -228,8 +255,8 @@ void py_attention(
   const int64_t page_size = k_pages.dim(1), kv_heads = k_pages.dim(2);
   v_pages.shaped({k_pages.dim(0), page_size, kv_heads, d}).dense().like(q);
   if (kv_heads < 1 || heads % kv_heads)
-    throw py::value_error(
-        std::to_string(heads) + " query heads are not a multiple of " + std::to_string(kv_heads) + " KV heads");
+    throw py::value_error(std::to_string(heads) + " query heads are not a multiple of " + std::to_string(kv_heads) +
+                          " KV heads");
   rows.shaped({-1, -1}).dense(1);
   const int64_t places = rows.dim(0);
   pages.shaped({places, -1}).dense(1);
@@ -257,18 +284,39 @@ void py_attention(
   out.apart({&q, &k_pages, &v_pages, &rows, &pages, &splits, &layers, &count, &starts, &lengths, &n_splits});
   int64_t positions = 0;
   for (int64_t i = 0; i < n; ++i) positions += lengths.as<int32_t>()[i];
-  const Attention a{
-      batch, heads, kv_heads, d, page_size, q.dtype(), q.data(), q.stride(0), k_pages.data(), v_pages.data(), n,
-      rows.dim(1), rows.stride(0), pages.stride(0), rows.as<int32_t>(), pages.as<int32_t>(), splits.as<int32_t>(), layers.as<int32_t>(),
-      starts.as<int32_t>(), lengths.as<int32_t>(), n_splits.as<int32_t>(), used, scale,
-      layer, out.data()};
+  const Attention a{batch,
+                    heads,
+                    kv_heads,
+                    d,
+                    page_size,
+                    q.dtype(),
+                    q.data(),
+                    q.stride(0),
+                    k_pages.data(),
+                    v_pages.data(),
+                    n,
+                    rows.dim(1),
+                    rows.stride(0),
+                    pages.stride(0),
+                    rows.as<int32_t>(),
+                    pages.as<int32_t>(),
+                    splits.as<int32_t>(),
+                    layers.as<int32_t>(),
+                    starts.as<int32_t>(),
+                    lengths.as<int32_t>(),
+                    n_splits.as<int32_t>(),
+                    used,
+                    scale,
+                    layer,
+                    out.data()};
   run(positions * kv_heads * d * (1 + rows.dim(1) * heads / kv_heads), [&] { kernels->grouped_decode_attention(a); });
 }
 
 void py_silu_mul(py::handle gate_up_, py::handle out_) {
   const Tensor gate_up("gate_up", gate_up_, Kind::floating), out("out", out_, Kind::floating);
   gate_up.shaped({-1, -1}).dense(1);
-  if (gate_up.dim(1) % 2) throw py::value_error("gate_up must have an even width, not " + std::to_string(gate_up.dim(1)));
+  if (gate_up.dim(1) % 2)
+    throw py::value_error("gate_up must have an even width, not " + std::to_string(gate_up.dim(1)));
   const int64_t rows = gate_up.dim(0), width = gate_up.dim(1) / 2;
   out.shaped({rows, width}).dense().like(gate_up);
   out.apart({&gate_up});
@@ -290,11 +338,10 @@ void py_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle y
   run(rows * in * out / 4, [&] { kernels->linear(a); });
 }
 
-void py_sample(
-    py::handle logits_, py::handle sampled_, py::handle seeds_, py::handle temperature_, py::handle top_k_,
-    py::handle top_p_, py::handle min_p_, py::handle penalty_, py::handle seen_, py::handle eos_,
-    py::handle min_tokens_, py::handle budget_, py::handle tokens_, py::handle positions_, py::handle generated_,
-    py::handle running_, py::handle logprobs_) {
+void py_sample(py::handle logits_, py::handle sampled_, py::handle seeds_, py::handle temperature_, py::handle top_k_,
+               py::handle top_p_, py::handle min_p_, py::handle penalty_, py::handle seen_, py::handle eos_,
+               py::handle min_tokens_, py::handle budget_, py::handle tokens_, py::handle positions_,
+               py::handle generated_, py::handle running_, py::handle logprobs_) {
   const Tensor logits("logits", logits_, Kind::floating), eos("eos", eos_, Kind::i32),
       budget("budget", budget_, Kind::i32), tokens("tokens", tokens_, Kind::i64),
       positions("positions", positions_, Kind::i32), generated("generated", generated_, Kind::i32),
@@ -310,8 +357,8 @@ void py_sample(
   const int64_t rows = logits.dim(0), vocab = logits.dim(1);
   if (vocab < 1 || vocab > int64_t{1} << 23)
     throw py::value_error("the vocabulary must have 1 to 2**23 entries, not " + std::to_string(vocab));
-  for (const Tensor* t : {&budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &temperature,
-                          &top_k, &top_p, &min_p, &penalty, &min_tokens})
+  for (const Tensor* t : {&budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &temperature, &top_k,
+                          &top_p, &min_p, &penalty, &min_tokens})
     if (*t) t->shaped({rows}).dense();
   eos.shaped({rows, -1}).dense();
   if (seeds) seeds.shaped({rows, 2}).dense();
@@ -322,12 +369,28 @@ void py_sample(
   for (const Tensor* written : {&tokens, &positions, &generated, &running, &logprobs, &seen})
     written->apart({&logits, &eos, &budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &seeds,
                     &temperature, &top_k, &top_p, &min_p, &penalty, &seen, &min_tokens});
-  const Sample a{
-      rows, vocab, eos.dim(1), logits.dtype(), logits.data(), logits.stride(0), sampled.as<bool>(),
-      seeds.as<int64_t>(), temperature.as<float>(), top_k.as<int32_t>(), top_p.as<float>(), min_p.as<float>(),
-      penalty.as<float>(), seen.as<bool>(), eos.as<int32_t>(), min_tokens.as<int32_t>(), budget.as<int32_t>(),
-      tokens.as<int64_t>(), positions.as<int32_t>(), generated.as<int32_t>(), running.as<bool>(),
-      logprobs.as<float>()};
+  const Sample a{rows,
+                 vocab,
+                 eos.dim(1),
+                 logits.dtype(),
+                 logits.data(),
+                 logits.stride(0),
+                 sampled.as<bool>(),
+                 seeds.as<int64_t>(),
+                 temperature.as<float>(),
+                 top_k.as<int32_t>(),
+                 top_p.as<float>(),
+                 min_p.as<float>(),
+                 penalty.as<float>(),
+                 seen.as<bool>(),
+                 eos.as<int32_t>(),
+                 min_tokens.as<int32_t>(),
+                 budget.as<int32_t>(),
+                 tokens.as<int64_t>(),
+                 positions.as<int32_t>(),
+                 generated.as<int32_t>(),
+                 running.as<bool>(),
+                 logprobs.as<float>()};
   run(rows * vocab * 16, [&] { kernels->sample(a); });
 }
 

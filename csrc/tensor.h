@@ -57,13 +57,11 @@ class Tensor {
     return n;
   }
 
-  DType dtype() const {
-    return view_.bits == 32 ? DType::f32 : view_.code == kDLBfloat ? DType::bf16 : DType::f16;
-  }
+  DType dtype() const { return view_.bits == 32 ? DType::f32 : view_.code == kDLBfloat ? DType::bf16 : DType::f16; }
 
   std::string dtype_name() const {
-    const char* code = view_.code == kDLInt     ? "int"
-                       : view_.code == kDLFloat ? "float"
+    const char* code = view_.code == kDLInt      ? "int"
+                       : view_.code == kDLFloat  ? "float"
                        : view_.code == kDLBfloat ? "bfloat"
                        : view_.code == kDLBool   ? "bool"
                                                  : "dtype ";
@@ -88,9 +86,9 @@ class Tensor {
     int64_t expected = 1;
     for (int i = ndim() - 1; i >= 0; --i) {
       if (dim(i) != 1 && size() > 0 && (i < free ? stride(i) < expected : stride(i) != expected))
-        throw py::value_error(name_ + " " + shape() + " must " +
-                              (free ? "have dense rows" : "be contiguous") + ", its strides are " +
-                              show(view_.strides, static_cast<size_t>(ndim())) + ": pass a .contiguous() copy");
+        throw py::value_error(name_ + " " + shape() + " must " + (free ? "have dense rows" : "be contiguous") +
+                              ", its strides are " + show(view_.strides, static_cast<size_t>(ndim())) +
+                              ": pass a .contiguous() copy");
       expected *= dim(i);
     }
     return *this;
@@ -98,8 +96,8 @@ class Tensor {
 
   const Tensor& like(const Tensor& other) const {
     if (view_.code != other.view_.code || view_.bits != other.view_.bits)
-      throw py::type_error(
-          name_ + " is " + dtype_name() + " and " + other.name_ + " is " + other.dtype_name() + ": they must agree");
+      throw py::type_error(name_ + " is " + dtype_name() + " and " + other.name_ + " is " + other.dtype_name() +
+                           ": they must agree");
     return *this;
   }
 

@@ -18,9 +18,7 @@ static void add_steer_rmsnorm_row(const AddSteerRmsnorm& a, int64_t row, float* 
     const int64_t which = a.which[row];
     const int64_t place = which * a.n_layers + a.layer;
     const int count = which < 0 ? 0 : a.count[place];
-    const auto direction = [&](int k) {
-      return a.bank + (a.index[place * a.terms + k] * a.n_layers + a.layer) * n;
-    };
+    const auto direction = [&](int k) { return a.bank + (a.index[place * a.terms + k] * a.n_layers + a.layer) * n; };
     float* measured = a.measured == nullptr ? nullptr : a.measured + row * (1 + a.terms);
     if (measured != nullptr) {
       measured[0] = norm(h, n);

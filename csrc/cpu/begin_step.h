@@ -6,7 +6,8 @@
 namespace icon2 {
 
 struct BeginStep {
-  int64_t rows, table_stride, page_size, half, n, width, rows_stride, used;  // half of a head; n items, `used` of them in use
+  int64_t rows, table_stride, page_size, half, n, width, rows_stride,
+      used;  // half of a head; n items, `used` of them in use
   DType dtype;
   const int32_t *positions, *tables;
   const bool* running;

@@ -5,8 +5,8 @@
 
 // NQ queries [d] with stride `stride` times NP positions: scores[q][p].
 template <class T, int NQ, int NP>
-static inline void score_tile(
-    const float* q, int64_t stride, const T* const* k, int64_t d, float* scores, int64_t span) {
+static inline void score_tile(const float* q, int64_t stride, const T* const* k, int64_t d, float* scores,
+                              int64_t span) {
   V sum[NQ][NP];
   for (int i = 0; i < NQ; ++i)
     for (int p = 0; p < NP; ++p) sum[i][p] = vset(0.0f);
@@ -23,8 +23,8 @@ static inline void score_tile(
 }
 
 template <class T, int NQ>
-static inline void score(
-    const float* q, int64_t stride, const T* const* k, int64_t length, int64_t d, float* scores, int64_t span) {
+static inline void score(const float* q, int64_t stride, const T* const* k, int64_t length, int64_t d, float* scores,
+                         int64_t span) {
   int64_t p = 0;
   for (; p + 2 <= length; p += 2) score_tile<T, NQ, 2>(q, stride, k + p, d, scores + p, span);
   if (p < length) score_tile<T, NQ, 1>(q, stride, k + p, d, scores + p, span);
@@ -32,9 +32,8 @@ static inline void score(
 
 // NQ queries' weighted sums over NV vectors of V's columns from `column` on; `m` numbers of the last vector exist.
 template <class T, int NQ, int NV>
-static inline void blend_tile(
-    const float* weights, int64_t span, const T* const* v, int64_t length, int64_t column, int m, float* out,
-    int64_t stride) {
+static inline void blend_tile(const float* weights, int64_t span, const T* const* v, int64_t length, int64_t column,
+                              int m, float* out, int64_t stride) {
   V sum[NQ][NV];
   for (int n = 0; n < NQ; ++n)
     for (int j = 0; j < NV; ++j) sum[n][j] = vset(0.0f);
@@ -51,11 +50,10 @@ static inline void blend_tile(
 }
 
 template <class T, int NQ>
-static inline void blend(
-    const float* weights, int64_t span, const T* const* v, int64_t length, int64_t d, float* out, int64_t stride) {
+static inline void blend(const float* weights, int64_t span, const T* const* v, int64_t length, int64_t d, float* out,
+                         int64_t stride) {
   int64_t column = 0;
-  for (; column + 4 * W <= d; column += 4 * W)
-    blend_tile<T, NQ, 4>(weights, span, v, length, column, W, out, stride);
+  for (; column + 4 * W <= d; column += 4 * W) blend_tile<T, NQ, 4>(weights, span, v, length, column, W, out, stride);
   for (; column < d; column += W) {
     const int64_t left = d - column;
     blend_tile<T, NQ, 1>(weights, span, v, length, column, left < W ? static_cast<int>(left) : W, out, stride);

@@ -1,4 +1,5 @@
-// The kernels for AVX2, FMA and F16C. The instruction set is chosen after the standard headers and holds to the end of the file.
+// The kernels for AVX2, FMA and F16C. The instruction set is chosen after the standard headers and holds to the end of
+// the file.
 #include "cpu/std.h"
 
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
@@ -24,7 +25,9 @@ namespace avx2_ {
 
 namespace icon2 {
 const Kernels* avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &avx2_::kKernels : nullptr;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+             ? &avx2_::kKernels
+             : nullptr;
 }
 }  // namespace icon2
 

@@ -98,7 +98,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
-const Kernels* avx2();    // null where this build or this CPU has it not
+const Kernels* avx2();  // null where this build or this CPU has it not
 const Kernels* avx512();
 
 }  // namespace icon2

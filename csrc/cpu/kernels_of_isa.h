@@ -9,5 +9,5 @@
 #include "cpu/sample.h"
 #include "cpu/silu_mul.h"
 
-static const Kernels kKernels = {
-    kName, add_steer_rmsnorm, rope_append, grouped_decode_attention, silu_mul, linear, sample};
+static const Kernels kKernels = {kName, add_steer_rmsnorm, rope_append, grouped_decode_attention, silu_mul, linear,
+                                 sample};

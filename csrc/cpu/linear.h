@@ -5,8 +5,8 @@
 
 // R rows of x times O rows of the weight.
 template <class T, int R, int O>
-static inline void linear_tile(
-    const T* x, int64_t x_stride, const T* weight, const T* bias, int64_t in, T* y, int64_t y_stride) {
+static inline void linear_tile(const T* x, int64_t x_stride, const T* weight, const T* bias, int64_t in, T* y,
+                               int64_t y_stride) {
   V sum[R][O];
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sum[r][o] = vset(0.0f);

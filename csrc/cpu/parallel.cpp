@@ -6,6 +6,7 @@
 #endif
 
 #include <string>
+#include <utility>
 
 namespace icon2 {
 namespace {
@@ -35,7 +36,7 @@ bool load(const char* path) {
     return false;
   }
   found.path = path;
-  openmp = found;
+  openmp = std::move(found);
   return true;
 }
 

@@ -23,8 +23,7 @@ void run_parallel(int64_t n, int64_t work_each, void (*body)(void*, int64_t, int
 
 template <class F>
 void parallel_for(int64_t n, int64_t work_each, F f) {
-  run_parallel(
-      n, work_each, [](void* data, int64_t begin, int64_t end) { (*static_cast<F*>(data))(begin, end); }, &f);
+  run_parallel(n, work_each, [](void* data, int64_t begin, int64_t end) { (*static_cast<F*>(data))(begin, end); }, &f);
 }
 
 }  // namespace icon2

@@ -70,8 +70,8 @@ static float last_of_mass(const float* scores, const float* weights, int64_t n, 
 
 // argmin of −log1p(−u)/weight. As −log1p(−u) ≥ u, a token whose u/weight is not below the best time so far is out of
 // the race without a logarithm; the margin covers the rounding of u and of the fp32 weights.
-static int64_t race(
-    const float* scores, const float* weights, int64_t n, float most, uint32_t index, uint32_t low, uint32_t high) {
+static int64_t race(const float* scores, const float* weights, int64_t n, float most, uint32_t index, uint32_t low,
+                    uint32_t high) {
   double best = std::numeric_limits<double>::infinity();
   float limit = std::numeric_limits<float>::infinity();
   int64_t winner = 0;
@@ -141,9 +141,8 @@ static void sample_row(const Sample& a, int64_t row, float* scores, float* weigh
     const float least = a.min_p == nullptr ? 0.0f : a.min_p[row];
     if (least > 0.0f)
       for (int64_t i = 0; i < n; ++i) weights[i] = weights[i] < least ? 0.0f : weights[i];
-    token = race(
-        scores, weights, n, most, static_cast<uint32_t>(a.generated[row]), static_cast<uint32_t>(a.seeds[2 * row]),
-        static_cast<uint32_t>(a.seeds[2 * row + 1]));
+    token = race(scores, weights, n, most, static_cast<uint32_t>(a.generated[row]),
+                 static_cast<uint32_t>(a.seeds[2 * row]), static_cast<uint32_t>(a.seeds[2 * row + 1]));
   }
 
   a.tokens[row] = token;

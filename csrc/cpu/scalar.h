@@ -59,7 +59,7 @@ inline f16 from_float<f16>(float x) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u, rest = u & 0x7FFFFFFFu;
   if (rest > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
   if (rest >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // 65520 and more: infinity
-  if (rest < 0x38800000u) {                                                 // below 2⁻¹⁴: adding ½ rounds to units of 2⁻²⁴
+  if (rest < 0x38800000u) {  // below 2⁻¹⁴: adding ½ rounds to units of 2⁻²⁴
     const uint32_t units = bits_of(float_of(rest) + 0.5f) - 0x3F000000u;
     return {static_cast<uint16_t>(sign | units)};
   }

@@ -11,9 +11,7 @@ static inline V vload(const bf16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-static inline V vload(const f16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+static inline V vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
 static inline __m512i bf16_bits(V a) {
   const __m512i u = _mm512_castps_si512(a);
@@ -21,8 +19,8 @@ static inline __m512i bf16_bits(V a) {
   const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  return _mm512_and_si512(
-      _mm512_mask_blend_epi32(nan, rounded, quiet), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
+  return _mm512_and_si512(_mm512_mask_blend_epi32(nan, rounded, quiet),
+                          _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
 }
 
 static inline void vstore(float* p, V a) { _mm512_storeu_ps(p, a); }
@@ -30,8 +28,7 @@ static inline void vstore(bf16* p, V a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(a), 16)));
 }
 static inline void vstore(f16* p, V a) {
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 static inline V vadd(V a, V b) { return _mm512_add_ps(a, b); }
@@ -47,9 +44,7 @@ static inline V vexp2_whole(V n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(e, 23));
 }
 
-static inline V vround_whole(V a) {
-  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+static inline V vround_whole(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 static inline float vsum(V a) { return _mm512_reduce_add_ps(a); }
 static inline float vhmax(V a) { return _mm512_reduce_max_ps(a); }

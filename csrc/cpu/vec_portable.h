@@ -51,7 +51,7 @@ static inline V vfma(V a, V b, V c) {
 static inline V vexp2_whole(V n) {
   V r;
   for (int i = 0; i < W; ++i) {
-    const float whole = n.v[i] == n.v[i] ? n.v[i] : 0.0f;
+    const float whole = std::isnan(n.v[i]) ? 0.0f : n.v[i];
     r.v[i] = float_of(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
   }
   return r;

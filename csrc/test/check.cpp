@@ -1,5 +1,5 @@
-// The shared headers and the CPU kernels under the sanitizers: every buffer is exactly as large as it is said to be, the
-// shapes are odd, and threads are plain ones, which ThreadSanitizer understands (it does not know OpenMP's).
+// The shared headers and the CPU kernels under the sanitizers: every buffer is exactly as large as it is said to be,
+// the shapes are odd, and threads are plain ones, which ThreadSanitizer understands (it does not know OpenMP's).
 // tests/test_native_sanitizers.py builds and runs this. What the kernels compute is tested against the references in
 // tests/test_native.py; here it only has to be finite, equal for one thread and several, and written in its place.
 #include <algorithm>
@@ -37,18 +37,21 @@ void run_parallel(int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), voi
 
 using namespace icon2;
 
-#define CHECK(condition)                                                    \
-  if (!(condition)) {                                                       \
-    std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-    std::exit(1);                                                           \
+#define CHECK(condition)                                                 \
+  if (!(condition)) {                                                    \
+    std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+    std::exit(1);                                                        \
   }
 
 namespace {
 
-std::mt19937 rng(0);
+std::mt19937& rng() {
+  static std::mt19937 generator(0);
+  return generator;
+}
 
-float normal() { return std::normal_distribution<float>()(rng); }
-int below(int n) { return static_cast<int>(rng() % static_cast<unsigned>(n)); }
+float normal() { return std::normal_distribution<float>()(rng()); }
+int below(int n) { return static_cast<int>(rng()() % static_cast<unsigned>(n)); }
 
 template <class T>
 std::vector<T> normals(int64_t n, float scale = 1.0f) {
@@ -115,7 +118,8 @@ void check_conversions() {
 
 void check_shared() {
   CHECK(coefficient(1.0f, -1.0f, 0.25f) == 0.75f);
-  CHECK(keep_norm_scale(2.0f, 4.0f) == 0.5f && keep_norm_scale(0.0f, 4.0f) == 1.0f && keep_norm_scale(2.0f, 0.0f) == 1.0f);
+  CHECK(keep_norm_scale(2.0f, 4.0f) == 0.5f && keep_norm_scale(0.0f, 4.0f) == 1.0f &&
+        keep_norm_scale(2.0f, 0.0f) == 1.0f);
   const auto exp1 = [](float x) { return std::exp(x); };
   CHECK(part_weight({-INFINITY, 0.0f}, -INFINITY, exp1) == 0.0f && part_weight({1.0f, 2.0f}, 1.0f, exp1) == 1.0f);
   CHECK(inverse_mass(0.0f) == 0.0f && inverse_mass(4.0f) == 0.25f);
@@ -211,8 +215,8 @@ void check_attention(const Kernels& kernels) {
   for (int64_t d : {8, 34, 128}) {
     // Two rows share splits 0 and 1; a third is alone; a fourth does not run. Splits of 3 pages of 4 tokens.
     const int64_t batch = 4, heads = 6, kv = 2, page = 4, split = 12, n = 5;
-    const std::vector<int32_t> rows{0, 1, 0, 1, 0, -1, 1, -1, 2, -1}, splits{0, 1, 2, 2, 0},
-        starts{0, 3, 6, 9}, positions{30, 27, 5, 40};
+    const std::vector<int32_t> rows{0, 1, 0, 1, 0, -1, 1, -1, 2, -1}, splits{0, 1, 2, 2, 0}, starts{0, 3, 6, 9},
+        positions{30, 27, 5, 40};
     const std::vector<int32_t> pages{0, 1, 2, 3, 4, 5, 6, 7, 0, 8, 9, 0, 10, 11, 0};
     const std::vector<int32_t> layers{0, 9, 0, 9, 0, 9, 0, 9, 0, 9};
     const std::vector<int32_t> tables(static_cast<size_t>(batch * 11), 1);
@@ -222,18 +226,58 @@ void check_attention(const Kernels& kernels) {
     auto slots = blank<int64_t>(batch);
     auto cos = blank<T>(batch * d), sin = blank<T>(batch * d);
     const auto inv_freq = normals<float>(d / 2);
-    begin_step({batch, 11, page, d / 2, n, 2, 2, n, dtype_of<T>(), positions.data(), tables.data(), running.get(),
-                inv_freq.data(), 1.0f, rows.data(), splits.data(), split, lengths.data(),
-                n_splits.data(), slots.data(), cos.data(), sin.data()});
+    begin_step({batch,
+                11,
+                page,
+                d / 2,
+                n,
+                2,
+                2,
+                n,
+                dtype_of<T>(),
+                positions.data(),
+                tables.data(),
+                running.get(),
+                inv_freq.data(),
+                1.0f,
+                rows.data(),
+                splits.data(),
+                split,
+                lengths.data(),
+                n_splits.data(),
+                slots.data(),
+                cos.data(),
+                sin.data()});
     CHECK((lengths == std::vector<int32_t>{12, 12, 7, 4, 6}) && (n_splits == std::vector<int32_t>{3, 3, 1, 0}));
     CHECK(slots[0] == 4 + 2 && slots[3] == -1 && finite(cos) && finite(sin));
     const auto q = normals<T>(batch * heads * d);
     const auto k = normals<T>(12 * page * kv * d), v = normals<T>(12 * page * kv * d);
     const auto out = with_threads<T>(batch * heads * d, [&](std::vector<T>& result) {
-      kernels.grouped_decode_attention(
-          {batch, heads, kv, d, page, dtype_of<T>(), q.data(), heads * d, k.data(), v.data(), n, 2, 2, 3, rows.data(),
-           pages.data(), splits.data(), layers.data(), starts.data(), lengths.data(), n_splits.data(),
-           10, 0.3f, 4, result.data()});
+      kernels.grouped_decode_attention({batch,
+                                        heads,
+                                        kv,
+                                        d,
+                                        page,
+                                        dtype_of<T>(),
+                                        q.data(),
+                                        heads * d,
+                                        k.data(),
+                                        v.data(),
+                                        n,
+                                        2,
+                                        2,
+                                        3,
+                                        rows.data(),
+                                        pages.data(),
+                                        splits.data(),
+                                        layers.data(),
+                                        starts.data(),
+                                        lengths.data(),
+                                        n_splits.data(),
+                                        10,
+                                        0.3f,
+                                        4,
+                                        result.data()});
     });
     for (int64_t i = 0; i < heads * d; ++i) CHECK(to_float(out[static_cast<size_t>(3 * heads * d + i)]) == 0.0f);
   }
@@ -266,17 +310,37 @@ void check_sample(const Kernels& kernels) {
     const std::vector<int64_t> seeds{1, 2, 3, 4, 5, 6, 0xFFFFFFFF, 0xFFFFFFFF};
     const std::vector<float> temperature{0.5f, 1.0f, 2.0f, 1.0f}, top_p{0.9f, 0.0f, 1.0f, 1.0f},
         min_p{0.0f, 0.1f, 0.9f, 0.0f}, penalty{1.0f, 1.3f, 0.5f, 1.2f};
-    const std::vector<int32_t> top_k{1, 3, 10000, 7}, eos{0, -1, 0, -1, 0, -1, 0, -1}, early{9, 0, 9, 0}, budget{9, 1, 9, 9};
+    const std::vector<int32_t> top_k{1, 3, 10000, 7}, eos{0, -1, 0, -1, 0, -1, 0, -1}, early{9, 0, 9, 0},
+        budget{9, 1, 9, 9};
     with_threads<float>(rows, [&](std::vector<float>& logprobs) {
       std::vector<int64_t> tokens(4);
       std::vector<int32_t> positions(4), generated(4);
-      const auto running = std::make_unique<bool[]>(4), seen = std::make_unique<bool[]>(static_cast<size_t>(rows * vocab));
+      const auto running = std::make_unique<bool[]>(4),
+                 seen = std::make_unique<bool[]>(static_cast<size_t>(rows * vocab));
       running[0] = running[1] = running[3] = true;
       for (int step = 0; step < 3; ++step)
-        kernels.sample({rows, vocab, 2, dtype_of<T>(), logits.data(), vocab, sampled.get(), seeds.data(),
-                        temperature.data(), top_k.data(), top_p.data(), min_p.data(), penalty.data(), seen.get(),
-                        eos.data(), early.data(), budget.data(), tokens.data(), positions.data(), generated.data(),
-                        running.get(), logprobs.data()});
+        kernels.sample({rows,
+                        vocab,
+                        2,
+                        dtype_of<T>(),
+                        logits.data(),
+                        vocab,
+                        sampled.get(),
+                        seeds.data(),
+                        temperature.data(),
+                        top_k.data(),
+                        top_p.data(),
+                        min_p.data(),
+                        penalty.data(),
+                        seen.get(),
+                        eos.data(),
+                        early.data(),
+                        budget.data(),
+                        tokens.data(),
+                        positions.data(),
+                        generated.data(),
+                        running.get(),
+                        logprobs.data()});
       CHECK((vocab == 1 || generated[0] == 3) && generated[1] == 1 && !running[1] && generated[2] == 0);
       for (int64_t token : tokens) CHECK(token >= 0 && token < vocab);
     });
