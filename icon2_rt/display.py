@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from icon2_rt.demo import Judgement
 from icon2_rt.doctor import Finding
+from icon2_rt.pipeline.costs import by_step
 
 WIDTH = 100
 # Without a terminal a line about long work is printed at most this often.
@@ -315,18 +316,16 @@ def checks_list(checks: Sequence[Mapping[str, Any]], warnings: Sequence[str]) ->
 
 def costs_table(name: str, costs: Mapping[str, Any], clock: Mapping[str, Mapping[str, float]]) -> RenderableType:
     """What each step of a run cost."""
-    rows = []
-    for step in {**costs["steps"], **clock}:
-        counts, timed = costs["steps"].get(step, {}), clock.get(step, {})
-        rows.append(
-            [
-                step,
-                *(f"{counts.get(key, 0):,}" for key in ("prefilled", "decoded", "scored")),
-                f"{counts.get('flops', 0):.3g}",
-                f"{timed['seconds']:.1f}" if timed else "–",
-                f"{timed['peak_bytes'] / 2**20:,.0f}" if timed.get("peak_bytes") else "–",
-            ]
-        )
+    rows = [
+        [
+            row["step"],
+            *(f"{row[key]:,}" for key in ("prefilled", "decoded", "scored")),
+            f"{row['flops']:.3g}",
+            "–" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
+        ]
+        for row in by_step(costs, clock)
+    ]
     if judge := costs.get("judge"):
         rows.append(["reward model", f"{judge['tokens']:,}", "0", "0", f"{judge['flops']:.3g}", "–", "–"])
     return table(

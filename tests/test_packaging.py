@@ -164,13 +164,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+DATA = ("icon2_rt/py.typed", "icon2_rt/pipeline/charts.css", "icon2_rt/pipeline/page.css")
+
+
 def test_wheel_is_pure_python_and_complete(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
         written = {n: archive.read(n) for n in names}
     model = {f"icon2_rt/tiny/model/{p.name}": p for p in (ROOT / "icon2_rt/tiny/model").iterdir()}
-    expected = sources() | model | {name: ROOT / name for name in ("icon2_rt/py.typed", "icon2_rt/pipeline/page.css")}
+    expected = sources() | model | {name: ROOT / name for name in DATA}
     assert names == expected.keys()
     assert {n for n, content in written.items() if content != expected[n].read_bytes()} == set()
     assert any(name.endswith(".safetensors") for name in model)

@@ -262,7 +262,8 @@ def test_a_baseline_is_a_run_like_any_other(tmp_path: Path, baseline: dict[str, 
     records = list(result.records())
     assert len(records) == result.report["counts"]["pairs"] >= 5
     assert {record["id"] for record in records} <= set(range(1024, 1036))  # the draws that the method would have seen
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "log.jsonl"}
+    timed = ("log.jsonl", "report.html")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in timed}
     (tmp_path / "run/data/shard-00001.parquet").unlink()
     (tmp_path / "run/report.json").unlink()
     run(config, tmp_path / "run")
@@ -299,6 +300,14 @@ def test_opposing_prompts_teach_the_shipped_model_s_world() -> None:
         ({"baseline": {"recipe": "best_of_n", "judge": "a:f", "samples": 1}}, "needs at least 2"),
         ({"baseline": {"recipe": "self_refine"}, "pairs": {"positive": 0.2}}, r"pairs\.positive: has no effect with"),
         ({"baseline": {"recipe": "self_refine"}, "calibration": {}}, "calibration: has no effect"),
+        (
+            {"baseline": {"recipe": "self_rewarding"}, "pairs": {"temperature": 0}},
+            r"pairs\.temperature: self_rewarding chooses among samples, which are all the same at 0",
+        ),
+        (
+            {"baseline": {"recipe": "self_refine"}, "pairs": {"noise": "common"}},
+            r"pairs\.noise: has no effect with self_r",
+        ),
         ({"baseline": {"recipe": "self_refine"}, "filter": {"keep": 0.5}}, r"filter\.keep: has no effect"),
     ],
 )

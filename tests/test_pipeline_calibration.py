@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -270,11 +271,22 @@ def test_the_self_contained_measures_know_a_good_response_from_a_bad_one(tiny: T
 
 def test_the_picture_is_a_whole_svg_with_every_rung() -> None:
     choices = [choose(replace(_noisy(25, seed), band=band), RULE) for seed, band in enumerate(("1:4", "1:5"))]
-    calibration = {**choices[0].to_dict(), "bands": [choice.to_dict() for choice in choices]}
+    calibration = {"quality": "agreement", **choices[0].to_dict(), "bands": [choice.to_dict() for choice in choices]}
     root = ElementTree.fromstring(ladder_svg(calibration))
-    circles = root.findall("{http://www.w3.org/2000/svg}circle")
-    text = " ".join(filter(None, (element.text for element in root.iter())))
-    assert len(circles) == 2 + 2 * 2 * 7 + 2 * 2 * 2  # legend, rungs in both panels, rings around what was chosen
-    assert "(chosen)" in text and text.count("γ⁺") == 4
+    name = "{http://www.w3.org/2000/svg}"
+    css = str(root.findtext(f"{name}style"))
+    assert "var(" not in css and "#0072b2" in css  # any viewer knows the colours
+    legend, charts = root.findall(f"{name}circle"), root.findall(f"{name}svg")
+    assert len(legend) == len(choices) and len(charts) == 2
+    text = [element.text or "" for element in root.iter(f"{name}text")]
+    assert sum("(chosen)" in words for words in text) == 1
     width, height = map(float, root.attrib["viewBox"].split()[2:])
-    assert all(0 <= float(c.attrib["cx"]) <= width and 0 <= float(c.attrib["cy"]) <= height for c in circles)
+    for chart in charts:
+        circles = chart.findall(f"{name}circle")
+        kinds = Counter(circle.attrib["class"].split()[0] for circle in circles)
+        broken = sum(not fluent for choice in choices for fluent in choice.fluent)
+        assert kinds == Counter({"dot": 2 * 7 - broken, "hollow": broken, "ring": 4})
+        assert sum("γ⁺" in (element.text or "") for element in chart.iter(f"{name}text")) == 2
+        assert float(chart.attrib["y"]) + float(chart.attrib["height"]) <= height
+        assert all(0 <= float(c.attrib["cx"]) <= width for c in circles)
+        assert all(0 <= float(c.attrib["cy"]) <= float(chart.attrib["height"]) for c in circles)

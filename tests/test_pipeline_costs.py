@@ -120,6 +120,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, RunResult
     )
 
 
+def test_seconds_are_read_from_a_log_that_was_torn_or_is_gone(tmp_path: Path) -> None:
+    work = json.dumps({"event": "work", "step": "pairs", "seconds": 2.0, "peak_bytes": 7})
+    assert costs.clock(tmp_path) == {}
+    (tmp_path / "log.jsonl").write_bytes(f"{work}\n{work[:20]}{work}\n[1]\n{work}\n\xff\n".encode("latin-1"))
+    assert costs.clock(tmp_path) == {"pairs": {"seconds": 4.0, "peak_bytes": 7}}
+
+
 def test_a_run_accounts_for_its_steps(runs: tuple[RunResult, RunResult, RunResult]) -> None:
     method, opposing, best = runs
     steps = method.report["costs"]["steps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -221,6 +222,7 @@ GOOD: dict[str, Any] = {
         "identical": 0.0,
         "length_ratio": 1.1,
         "chosen_longer": 0.5,
+        "same_draws": False,
         **{side: {"cut_off": 0.0, "empty": 0.0, "repetition": 0.0} for side in ("chosen", "rejected")},
     },
     "separability": {"accuracy": 0.6, "separated_after": None},
@@ -242,6 +244,7 @@ BAD = {
     "calibrated": ("strengths.calibration.positive_beats_negative", 0.5, ""),
     "dose": ("strengths.dose.negative", [None, 0.7], "negative"),
     "identical": ("pairs.identical", 0.3, ""),
+    "identical_common": ("pairs", {**GOOD["pairs"], "identical": 0.6, "same_draws": True}, ""),
     "length": ("pairs.length_ratio", 0.5, "rejected longer"),
     "cut_off": ("pairs.rejected.cut_off", 0.4, "rejected"),
     "empty": ("pairs.chosen.empty", 0.1, "chosen"),
@@ -266,7 +269,7 @@ def _with(place: str, value: Any) -> dict[str, Any]:
 
 def test_a_good_run_is_all_green() -> None:
     found = checks.examine(GOOD)
-    assert [check.key for check in found] == list(checks.RULES)
+    assert [check.key for check in found] == [key for key in checks.RULES if key != "identical_common"]
     assert {check.status for check in found} == {"green"}
     assert checks.warnings(found) == []
 
@@ -275,6 +278,7 @@ def test_a_good_run_is_all_green() -> None:
 def test_each_check_turns_red_alone_and_says_what_to_do(key: str) -> None:
     place, value, named = BAD[key]
     found = {check.key: check for check in checks.examine(_with(place, value))}
+    assert ("identical" in found) != ("identical_common" in found)
     assert [name for name, check in found.items() if check.status != "green"] == [key]
     assert found[key].status == "red"
     assert named in found[key].shown
@@ -299,6 +303,16 @@ def test_a_steps_own_words_make_a_green_check_yellow() -> None:
     [noted] = [check for check in found if check.status != "green"]
     assert (noted.key, noted.status) == ("criteria", "yellow")
     assert checks.warnings(found) == ["no instruction gets 'c'"]
+
+
+def test_without_steering_no_advice_speaks_of_strengths() -> None:
+    pairs = GOOD["pairs"] | {"identical": 0.9, "length_ratio": 9.0, "chosen_longer": 1.0}
+    pairs |= {"chosen": {"cut_off": 1.0, "empty": 1.0, "repetition": 1.0}}
+    for same_draws in (False, True):
+        report = {"counts": {}, "pairs": {**pairs, "same_draws": same_draws}, "separability": BAD["separable"][1]}
+        found = checks.examine(report)
+        assert {check.status for check in found} == {"red"}
+        assert not re.search("strength|push|steer|layers", " ".join(checks.warnings(found)))
 
 
 def test_what_was_not_measured_is_not_judged() -> None:

@@ -78,8 +78,10 @@ def finished(config: RunConfig, rt: Runtime, tmp_path_factory: pytest.TempPathFa
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves but its log and its lock."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", ".lock")]
+    """All that a run leaves but its lock, and what knows how long it took."""
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "log.jsonl", "report.html")
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

@@ -275,7 +275,12 @@ def _checks() -> str:
     from icon2_rt.pipeline.checks import RULES
 
     rows = [
-        [rule.title, rule.limits.replace("green ", "").replace(", red ", "; "), rule.means, rule.todo]
+        [
+            rule.title,
+            rule.limits.replace("green ", "").replace(", red ", "; "),
+            rule.means,
+            rule.todo + (f" In a baseline: {rule.unsteered}" if rule.unsteered else ""),
+        ]
         for rule in RULES.values()
     ]
     escaped = [[cell.replace("*", "\\*").replace("|", "\\|") for cell in row] for row in rows]

@@ -1,19 +1,22 @@
 """Charts as inline SVG: enough for a run's report, with nothing to install or load, and colours that CSS decides.
 
 Every shape has a class (``chosen``, ``rejected``, ``neutral``, or ``s0`` … ``s7`` for criteria) and no colour of its
-own, so that one page is readable in a light and in a dark theme. Lines differ in their dashes too.
+own: ``charts.css`` has them, so that one page is readable in a light and in a dark theme. Lines differ in their dashes
+too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 
 # One chart's own coordinates. It is about as wide as a phone, so that its letters are as large as the text around it.
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 18, 40
+LEFT, RIGHT, TOP, BOTTOM = 48, 18, 18, 40
 STYLES = 8
 
 
@@ -21,7 +24,8 @@ STYLES = 8
 class Series:
     """One line: ``(x, y)`` points in order, a gap where y is None; ``style`` is its CSS class.
 
-    ``intervals``: low and high per point; ``rings``: the x of points to point out, with a word for each.
+    ``intervals``: low and high per point; ``rings``: the x of points to point out, with a word for each; ``hollow``:
+    the x of points that are drawn as circles, not as dots.
     """
 
     name: str
@@ -29,6 +33,7 @@ class Series:
     style: str
     intervals: Sequence[tuple[float, float]] = ()
     rings: Mapping[float, str] = field(default_factory=dict)
+    hollow: Collection[float] = ()
 
 
 @dataclass(frozen=True)
@@ -84,20 +89,20 @@ def lines(
             for path in frame.paths(one.points)
         ]
         parts += [
-            f'<circle class="dot {one.style}" cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}" r="2.6">'
+            f'<circle class="{"hollow " * (px in one.hollow)}dot {one.style}" cx="{frame.x(px):.1f}" '
+            f'cy="{frame.y(py):.1f}" r="2.6">'
             f"<title>{escape(one.name)}, {escape(x.label)} {x.text(px)}: {_exact(y, py)}</title></circle>"
             for px, py in one.points
             if py is not None
         ]
         parts += [
-            f'<line class="line {one.style}" x1="{frame.x(px):.1f}" x2="{frame.x(px):.1f}" y1="{frame.y(low):.1f}" '
-            f'y2="{frame.y(high):.1f}"/>'
+            f'<line class="line whisker {one.style}" x1="{frame.x(px):.1f}" x2="{frame.x(px):.1f}" '
+            f'y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>'
             for (px, _), (low, high) in zip(one.points, one.intervals, strict=bool(one.intervals))
         ]
         parts += [
             f'<circle class="ring" cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}" r="7"/>'
-            f'<text class="label" x="{frame.x(px):.1f}" y="{frame.y(py) - 10:.1f}" text-anchor="middle">'
-            f"{escape(one.rings[px])}</text>"
+            f"{frame.beside(px, py, one.rings[px])}"
             for px, py in one.points
             if px in one.rings and py is not None
         ]
@@ -119,6 +124,41 @@ def histogram(edges: Sequence[float], counts: Mapping[str, tuple[str, Sequence[i
         title = f"<title>{escape(name)}: {sum(values)}</title>"
         parts.append(f'<path class="area {css}" d="{"".join(outline)}">{title}</path>')
     return frame.svg(parts, f"Distribution of {x.label}: {', '.join(counts)}")
+
+
+def picture(charts: Sequence[tuple[str, str]], legend: Mapping[str, str]) -> str:
+    """Charts with their titles, one under the other, as an SVG file of its own: on white, its colours written out, for
+    viewers that know no more of CSS than classes. ``legend``: name → style."""
+    css = colours_and_charts()
+    light = dict(re.findall(r"--(\w+): (#\w{6})", css.partition("@media")[0]))
+    rules = [
+        f".line.{name}, .area.{name}, .dot.hollow.{name} {{ stroke: {light[colour]}; }} "
+        f".area.{name}, .dot.{name} {{ fill: {light[colour]}; }}"
+        for name, colour in re.findall(r"\.(\w+) \{ --c: var\(--(\w+)\); \}", css)
+    ]
+    rules += [line for line in css.splitlines() if line.startswith("svg ") and "var(--c)" not in line]
+    resolved = re.sub(r"var\(--(\w+)\)", lambda found: light[found[1]], "\n".join(rules))
+    head, title = 14 + 18 * len(legend), 16
+    height = head + len(charts) * (title + HEIGHT)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="system-ui, sans-serif">',
+        f'<style>{escape(resolved)}</style><rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+    ]
+    for n, (name, css_class) in enumerate(legend.items()):
+        parts.append(
+            f'<circle class="dot {css_class}" cx="14" cy="{16 + 18 * n}" r="4"/>'
+            f'<text class="label" x="24" y="{20 + 18 * n}">{escape(name)}</text>'
+        )
+    for n, (name, svg) in enumerate(charts):
+        top = head + n * (title + HEIGHT)
+        parts.append(f'<text class="label" x="10" y="{top + 12}" font-weight="bold">{escape(name)}</text>')
+        parts.append(svg.replace("<svg ", f'<svg y="{top + title}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def colours_and_charts() -> str:
+    """The CSS that charts need, with the colours that a page around them can use too."""
+    return (files("icon2_rt.pipeline") / "charts.css").read_text(encoding="utf-8")
 
 
 class _Frame:
@@ -164,6 +204,13 @@ class _Frame:
         left, right = self.x(low - 0.5), self.x(high + 0.5)
         height = HEIGHT - TOP - BOTTOM
         return f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{height}"/>'
+
+    def beside(self, px: float, py: float, word: str) -> str:
+        """A word above a point, on the side where the paper is wider."""
+        left = self.x(px) > WIDTH / 2
+        anchor = ' text-anchor="end"' if left else ""
+        x, y = self.x(px) + (-8 if left else 8), self.y(py) - 8
+        return f'<text class="label" x="{x:.1f}" y="{y:.1f}"{anchor}>{escape(word)}</text>'
 
     def across(self, value: float) -> str:
         at = self.y(value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from icon2_rt.pipeline.calibrate import FLUENCY_LOSS
+from icon2_rt.pipeline.calibrate import FLUENCY_LOSS, MANY_TIES
 from icon2_rt.pipeline.config import CalibrationConfig
 from icon2_rt.pipeline.consistency import DEGENERATE_SHARE
 from icon2_rt.pipeline.separability import SEPARATED
@@ -23,7 +23,7 @@ ORDER: tuple[Status, ...] = ("red", "yellow", "green")
 @dataclass(frozen=True)
 class Rule:
     """How one figure is judged: green from ``green`` on, red beyond ``red``, yellow between; the larger of the two says
-    in which direction better lies."""
+    in which direction better lies. ``unsteered``: what to do in place of ``todo`` where no steering made the pairs."""
 
     section: str
     title: str
@@ -32,6 +32,7 @@ class Rule:
     means: str
     todo: str
     unit: Literal["%", "", "×", "nats"] = "%"
+    unsteered: str = ""
 
     def status(self, value: float) -> Status:
         good, bad = (
@@ -60,12 +61,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Check:
-    """One rule's verdict on a run. ``shown`` is the value with what it belongs to; ``notes``: the step's own words."""
+    """One rule's verdict on a run. ``shown`` is the value with what it belongs to; ``todo``: what to do where it is not
+    green; ``notes``: the step's own words."""
 
     key: str
     status: Status
     value: float
     shown: str
+    todo: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,6 +84,7 @@ class Check:
             "value": self.value,
             "shown": self.shown,
             "limits": rule.limits,
+            "todo": self.todo,
             "notes": list(self.notes),
         }
 
@@ -149,8 +153,21 @@ RULES: dict[str, Rule] = {
     ),
     "identical": Rule(
         "Pairs", "Identical pairs", 0.05, 0.1,
-        "Pairs that teach nothing: the push was too small to change a token.",
+        "Pairs that teach nothing. Two responses that are drawn independently come out the same only if the "
+        "push is too small and the model has nearly no choice.",
         "Raise the strengths (see the dose), or more blocks in pairs.layers.",
+        unsteered="Leave these pairs out; if they are many, the prompts or drafts make no difference to the model.",
+    ),
+    # With the same draws two branches are one text until the push changes a token: what the calibration takes as usual
+    # (MANY_TIES) is no fault, and beyond half of the pairs more decoding is wasted than used.
+    "identical_common": Rule(
+        "Pairs", "Identical pairs, with the same draws", MANY_TIES, 0.5,
+        "With common random numbers, or at temperature 0, a pair is one text until the push changes a token, so a mild "
+        "push leaves many alone. They teach nothing and do no harm: the loss has no gradient there, and export and the "
+        "training example leave them out. What they cost is their decoding.",
+        "Raise the strengths as long as the text stays fluent, or draw more instructions. pairs.noise = "
+        '"independent" makes nearly all pairs differ, in part by chance alone.',
+        unsteered="Leave these pairs out; if they are many, the prompts make no difference to the model.",
     ),
     "length": Rule(
         "Pairs", "Length ratio", 1.25, 1.5,
@@ -159,21 +176,26 @@ RULES: dict[str, Rule] = {
         "Lower the strength of the side that is off; see how lengths are spread. What remains can be answered in "
         "training, with a loss that normalises by length.",
         unit="×",
+        unsteered="The judge or the recipe prefers one length: see how lengths are spread. What remains can be "
+        "answered in training, with a loss that normalises by length.",
     ),
     "cut_off": Rule(
         "Pairs", "Cut off by the token limit", 0.05, 0.1,
         "Half sentences, and runaways that never end; the worse side.",
         "Raise pairs.max_new_tokens; if one side alone is cut off, its strength is too large.",
+        unsteered="Raise pairs.max_new_tokens.",
     ),
     "empty": Rule(
         "Pairs", "Empty responses", 0.0, 0.01,
-        "The push made the model end at once; the worse side.",
+        "The model ended at once, as too large a push makes it do; the worse side.",
         "Lower that side's strength, or drop these pairs.",
+        unsteered="Drop these pairs.",
     ),
     "repetition": Rule(
         "Pairs", "Repeated 4-grams", 0.1, 0.25,
         "Loops: an early sign of text that breaks; the worse side.",
         "Lower that side's strength.",
+        unsteered="Read the examples; change pairs.temperature, or set pairs.repetition_penalty.",
     ),
     "separable": Rule(
         "Pairs", "Told apart by a linear probe", 0.9, SEPARATED,
@@ -181,6 +203,8 @@ RULES: dict[str, Rule] = {
         "learned at once, and in place of what they are for; the fewer pairs the probe needs, the worse.",
         "Read the examples for what always differs (an opening, a disclaimer, length); lower the strengths; make sure "
         "that no system prompt is in the pairs.",
+        unsteered="Read the examples for what always differs (an opening, a disclaimer, length): it is what the judge "
+        "or the recipe goes by.",
     ),
     "longer": Rule(
         "Pairs", "Same side longer", 0.75, 0.9,
@@ -215,13 +239,15 @@ def examine(report: Mapping[str, Any]) -> list[Check]:
     Sections that are not there (a dataset that was not made by steering has no directions) are left out.
     """
     found: dict[str, Check] = {}
+    steered = "strengths" in report
 
     def add(key: str, value: float, of: str = "", notes: Sequence[str] = ()) -> None:
         rule = RULES[key]
         status = rule.status(value)
         if notes and status == "green":
             status = "yellow"  # the step itself has something to say
-        found[key] = Check(key, status, value, rule.show(value) + (f" ({of})" if of else ""), tuple(notes))
+        todo = rule.todo if steered else rule.unsteered or rule.todo
+        found[key] = Check(key, status, value, rule.show(value) + (f" ({of})" if of else ""), todo, tuple(notes))
 
     if directions := report.get("directions"):
         _directions(directions, report["strengths"]["layers"], add)
@@ -256,7 +282,7 @@ def warnings(checks: Sequence[Check]) -> list[str]:
         if check.notes:
             found += check.notes
         elif check.status == "red":
-            found.append(f"{check.rule.title}: {check.shown} ({check.rule.limits}). {check.rule.todo}")
+            found.append(f"{check.rule.title}: {check.shown} ({check.rule.limits}). {check.todo}")
     return found
 
 
@@ -284,7 +310,7 @@ def _directions(directions: Mapping[str, Any], layers: Sequence[int], add: Any) 
 
 
 def _pairs(pairs: Mapping[str, Any], add: Any) -> None:
-    add("identical", pairs["identical"])
+    add("identical_common" if pairs["same_draws"] else "identical", pairs["identical"])
     ratio = pairs["length_ratio"]
     longer = "chosen" if ratio >= 1 else "rejected"
     if ratio > 0:

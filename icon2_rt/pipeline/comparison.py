@@ -83,7 +83,8 @@ def compose(job: Job, counts: Mapping[str, int], shards: Sequence[Artifact]) -> 
         **sections,
     }
     found = checks.examine(report)
-    lost = [f"{dropped.total()} of {counts['kept']} instructions gave no pair"] if dropped else []
+    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
+    lost = [f"{dropped.total()} of {counts['kept']} instructions gave no pair ({reasons})"] if dropped else []
     return {"checks": [check.to_dict() for check in found], "warnings": [*lost, *checks.warnings(found)], **report}
 
 

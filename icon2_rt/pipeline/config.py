@@ -177,6 +177,11 @@ class PairsConfig:
     shared_tokens: int = option(0, at_least(0))
     per_token: bool = option(False)
 
+    @property
+    def same_draws(self) -> bool:
+        """Do branches that their steering does not move give the same text?"""
+        return self.noise == "common" or self.temperature == 0
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -509,6 +514,12 @@ def _baseline_contradictions(config: RunConfig) -> list[str]:
         errors.append(f"baseline.judge: best_of_n needs one: a reward model's path or hub id, or {FUNCTION_FORM}")
     if baseline.recipe in ("best_of_n", "self_rewarding") and baseline.n_samples < 2:
         errors.append(f"baseline.samples: {baseline.recipe} chooses among samples, and needs at least 2")
+    if baseline.recipe in ("best_of_n", "self_rewarding") and config.pairs.temperature == 0:
+        errors.append(
+            f"pairs.temperature: {baseline.recipe} chooses among samples, which are all the same at 0; give it more"
+        )
+    if baseline.recipe != "opposing_prompts" and config.pairs.noise != PairsConfig().noise:
+        errors.append(f"pairs.noise: has no effect with {baseline.recipe}, whose samples must differ; leave it out")
     steered = {
         "directions": ("file", "method", "features_file"),
         "filter": ("scale", "keep", "margin"),

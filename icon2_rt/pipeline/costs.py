@@ -18,7 +18,7 @@ import contextlib
 import json
 import resource
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,8 @@ UNITS: tuple[Unit, ...] = ("tokens", "flops", "seconds")
 # Steps that are part of no method, and those that are done once however many pairs are made.
 ASIDE = ("figures", "checks")
 ONCE = ("features", "directions", "strengths")
+# All steps in the order of the work.
+STEPS = (*ONCE, "synthesis", "scoring", "pairs", "refinement", "judging", *ASIDE)
 
 
 def flops(counts: Mapping[str, int], spec: DecoderSpec) -> int:
@@ -83,21 +85,52 @@ def account(artifacts: Sequence[Artifact], spec: DecoderSpec, pairs: int) -> dic
             judge["flops"] += 2 * artifact.facts["judge"]["parameters"] * artifact.facts["judge"]["tokens"]
     return {
         "pairs": pairs,
-        "steps": {step: {**counts, "flops": flops(counts, spec)} for step, counts in steps.items()},
+        "steps": {step: {**steps[step], "flops": flops(steps[step], spec)} for step in _in_order(steps)},
         **({"judge": dict(judge)} if judge else {}),
     }
 
 
 def clock(folder: Path) -> dict[str, dict[str, float]]:
-    """Seconds and peak bytes by step, over all the calls that a run took, from its log."""
+    """Seconds and peak bytes by step, over all the calls that a run took, from its log.
+
+    A folder may come without its log, and a full disk or a kill may have torn a line of it: what is missing there is
+    missing here.
+    """
     found: dict[str, dict[str, float]] = {}
-    for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
-        event = json.loads(line)
-        if event.get("event") == "work":
+    log = folder / "log.jsonl"
+    for line in log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("event") == "work":
             step = found.setdefault(event["step"], {"seconds": 0.0, "peak_bytes": 0})
             step["seconds"] += event["seconds"]
             step["peak_bytes"] = max(step["peak_bytes"], event["peak_bytes"] or 0)
     return found
+
+
+def by_step(costs: Mapping[str, Any], clock: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A row for every step of the work that has a cost: its counts (0 where a step ran nothing through the model), its
+    ``share`` of the FLOPs, ``seconds`` and ``peak_bytes`` (None where nobody measured)."""
+    total = sum(counts["flops"] for counts in costs["steps"].values())
+    rows = []
+    for step in _in_order({**costs["steps"], **clock}):
+        counts, timed = costs["steps"].get(step, {}), clock.get(step, {})
+        rows.append(
+            {
+                "step": step,
+                **{key: counts.get(key, 0) for key in ("prefilled", "decoded", "scored", "flops")},
+                "share": counts.get("flops", 0) / max(1, total),
+                "seconds": timed.get("seconds"),
+                "peak_bytes": timed.get("peak_bytes") or None,
+            }
+        )
+    return rows
+
+
+def _in_order(steps: Iterable[str]) -> list[str]:
+    return sorted(steps, key=lambda step: STEPS.index(step) if step in STEPS else len(STEPS))
 
 
 def saving(

@@ -4,7 +4,8 @@ An *artifact* is the result of one piece of work (the directions, one shard of i
 more files and a record in ``steps/`` that is written last. The record holds the files' checksums and the digests of
 the artifacts that it was made from. An artifact counts as finished only if its record is there, every file matches its
 checksum, and the inputs are still the same; otherwise it is made again and replaced. Nothing in a folder holds a time
-of day but ``log.jsonl``, so that an interrupted run ends with the same bytes as an uninterrupted one.
+but ``log.jsonl`` and the costs on the page ``report.html``, so that an interrupted run ends with the same bytes as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class RunFolder:
         return [p.name for p in present if f"{folder}/{p.name}" not in known]
 
     def log(self, event: str, **facts: Any) -> None:
-        """One line of ``log.jsonl``: when what happened. The only file here that knows the time."""
+        """One line of ``log.jsonl``: when what happened."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, ensure_ascii=False)
         with open(self._file("log.jsonl"), "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -91,7 +91,8 @@ def without_text(record: Mapping[str, Any]) -> dict[str, Any]:
 def pair_health(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures over the pairs of a dataset (rows as :func:`without_text` gives them).
 
-    Shares are of all pairs or all responses, lengths in tokens, log-probabilities per token under the unsteered model.
+    Shares are of all pairs or all responses, lengths in tokens, log-probabilities per token under the unsteered model;
+    rewards where a judge gave them.
     """
     if not records:
         return {"pairs": 0}
@@ -124,6 +125,11 @@ def pair_health(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ),
         "first_difference": histograms({"pairs": differing}) if differing else None,
     }
+    if all(r.get("chosen_reward") is not None for r in records):
+        rewards = {side: [r[f"{side}_reward"] for r in records] for side in sides}
+        health["distributions"]["reward"] = histograms(rewards)
+        for side in sides:
+            health[side]["reward"] = fmean(rewards[side])
     return health
 
 

@@ -12,33 +12,51 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from icon2_rt.pipeline.charts import Axis, Series, histogram, lines, style
+from icon2_rt.pipeline.charts import Axis, Series, colours_and_charts, histogram, lines, style
 from icon2_rt.pipeline.checks import ORDER, RULES
+from icon2_rt.pipeline.costs import ASIDE, by_step
 from icon2_rt.pipeline.health import histograms
+from icon2_rt.pipeline.ladder_plot import ladder_charts
 
 GLYPHS = {"green": "✓", "yellow": "!", "red": "✕"}
 SIDES = ("chosen", "rejected")
+STEP_NOTES = {
+    "features": "Features, directions and strengths are done once, however many pairs are made.",
+    "synthesis": "Synthesis: instructions written.",
+    "scoring": "Scoring: how much they agree with the criteria.",
+    "pairs": "Pairs: the responses.",
+    "refinement": "Refinement: the answers written from drafts.",
+    "judging": "Judging: which response is better.",
+    "figures": "Figures: the responses read again for the dataset's columns; it belongs to no method.",
+    "checks": "Checks: what this page needs; it belongs to no method.",
+}
 BLOCK = Axis("block", whole=True)
 
 
-def render(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """The whole page. Sections that the report has no figures for are left out."""
+def render(
+    report: Mapping[str, Any], manifest: Mapping[str, Any], clock: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """The whole page. Sections that the report has no figures for are left out.
+
+    Args:
+        clock: seconds and memory by step, as :func:`icon2_rt.pipeline.costs.clock` reads them.
+    """
     model = str(manifest["identity"]["config"]["model"])
     sections = [
         ("checks", "Health checks", _checks(report)),
         ("directions", "Directions", _directions(report)),
-        ("instructions", "Instructions and the filter", _instructions(report)),
+        ("instructions", "Instructions", _instructions(report)),
         ("strengths", "Strengths", _strengths(report)),
         ("pairs", "Pairs", _pairs(report)),
         ("effect", "Effect", _effect(report)),
-        ("costs", "Costs", _costs(report)),
+        ("costs", "Costs", _costs(report, clock or {})),
         ("examples", "Examples", _examples(report)),
         ("making", "How it was made", _making(manifest)),
     ]
     there = [(key, title, body) for key, title, body in sections if body]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in there)
     bodies = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>' for key, title, body in there)
-    css = (files("icon2_rt.pipeline") / "page.css").read_text(encoding="utf-8")
+    css = colours_and_charts() + (files("icon2_rt.pipeline") / "page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -51,9 +69,11 @@ def render(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
 def _head(report: Mapping[str, Any], model: str) -> str:
     pairs, counts = report["pairs"]["pairs"], report["counts"].get("instructions")
-    origin = f", from {counts['kept']} instructions kept of {counts['drawn']} drawn" if counts else ""
-    if baseline := report.get("baseline"):
-        origin += f", by the baseline {escape(baseline['recipe'])}"
+    baseline = report.get("baseline")
+    if baseline:
+        origin = f", by the baseline {escape(baseline['recipe'])} from {counts['clean']} instructions"
+    else:
+        origin = f", from {counts['kept']} instructions kept of {counts['drawn']} drawn" if counts else ""
     return f'<p>{pairs} pairs by <b>{escape(model)}</b>{origin}. <span class="dim">Made by icon2_rt.</span></p>'
 
 
@@ -87,7 +107,7 @@ def _card(check: Mapping[str, Any]) -> str:
         f'<details class="{status}"><summary><span class="glyph">{GLYPHS[status]}</span><span>{escape(rule.title)}'
         f'</span><span class="value">{escape(value)}</span>{below}</summary>'
         f'<p class="dim">{escape(status)}; {escape(rule.limits)}</p>{notes}'
-        f"<p>{escape(rule.means)}</p><p><b>What to do:</b> {escape(rule.todo)}</p></details>"
+        f"<p>{escape(rule.means)}</p><p><b>What to do:</b> {escape(check['todo'])}</p></details>"
     )
 
 
@@ -129,8 +149,12 @@ def _instructions(report: Mapping[str, Any]) -> str:
     parts = []
     if counts:
         dropped = [[f"dropped: {key}", n] for key, n in counts.items() if n and key not in ("drawn", "clean", "kept")]
-        rows: list[list[Any]] = [["drawn", counts["drawn"]], *dropped, ["clean", counts["clean"]]]
-        parts.append(_table(["instructions", ""], [*rows, ["kept by the filter", counts["kept"]]]))
+        rows: list[list[Any]] = [["drawn or given", counts["drawn"]], *dropped, ["clean", counts["clean"]]]
+        if baseline := report.get("baseline"):
+            rows += [[f"without a pair: {reason}", n] for reason, n in baseline["dropped"].items()]
+        else:
+            rows.append(["kept by the filter", counts["kept"]])
+        parts.append(_table(["instructions", ""], rows))
     if consistency:
         histogram_, kept = consistency["histogram"], consistency["kept_histogram"]
         most = max(1, *histogram_.values())
@@ -215,9 +239,8 @@ def _ladder(calibration: Mapping[str, Any] | None) -> list[str]:
     """The calibration's ladder of doses: quality and likelihood, for every band of blocks that was tried."""
     if calibration is None:
         return []
-    bands = calibration["bands"]
-    names = {_range(band["layers"]): style(i) for i, band in enumerate(bands)}
-    legend = names if len(bands) > 1 else {}
+    charts, styles = ladder_charts(calibration)
+    legend = styles if len(styles) > 1 else {}
     low, high = calibration["positive_beats_negative_interval"]
     chosen = (
         f"Rings: the doses that were chosen. The positive response is better in "
@@ -226,28 +249,9 @@ def _ladder(calibration: Mapping[str, Any] | None) -> list[str]:
         f"{calibration['ties']:.0%} are ties."
     )
 
-    def ladder(key: str, label: str) -> str:
-        series = [
-            Series(
-                name,
-                [(rung["dose"], rung[key]) for rung in band["rungs"]],
-                css,
-                [rung["quality_interval"] for rung in band["rungs"]] if key == "quality" else (),
-                {band["positive_dose"]: "γ⁺", band["negative_dose"]: "γ⁻"},
-            )
-            for (name, css), band in zip(names.items(), bands, strict=True)
-        ]
-        return lines(series, Axis("dose", percent=True), Axis(label))
-
-    return [
-        _figure(f"Calibration: {calibration['quality']}", ladder("quality", "mean quality"), chosen, legend),
-        _figure(
-            "Calibration: likelihood",
-            ladder("logprob", "log p per token"),
-            "Under the unsteered model. Where it falls steeply, text breaks.",
-            legend,
-        ),
-    ]
+    [(quality, first), (likelihood, second)] = charts
+    fall = "Under the unsteered model. Where it falls steeply, text breaks; hollow: no longer fluent."
+    return [_figure(quality, first, chosen, legend), _figure(likelihood, second, fall, legend)]
 
 
 def _pairs(report: Mapping[str, Any]) -> str:
@@ -260,8 +264,13 @@ def _pairs(report: Mapping[str, Any]) -> str:
         ("cut off by the token limit", "cut_off", "{:.1%}"),
         ("empty", "empty", "{:.1%}"),
         ("repeated 4-grams", "repetition", "{:.1%}"),
+        ("reward, mean", "reward", "{:.4g}"),
     )
-    rows = [[title, *(form.format(pairs[side][key]) for side in SIDES)] for title, key, form in named]
+    rows = [
+        [title, *(form.format(pairs[side][key]) for side in SIDES)]
+        for title, key, form in named
+        if key in pairs["chosen"]
+    ]
     per = ", ".join(f"{escape(name)} {n}" for name, n in pairs["per_criterion"].items())
     first = pairs["median_first_difference"]
     text = (
@@ -285,6 +294,8 @@ def _pairs(report: Mapping[str, Any]) -> str:
             sides,
         ),
     ]
+    if "reward" in spread:
+        figures.append(_figure("Reward", two("reward", "reward"), "What the judge gave them.", sides))
     if spread["first_difference"]:
         values = spread["first_difference"]
         svg = histogram(values["edges"], {"pairs": ("s0", values["counts"]["pairs"])}, Axis("token"))
@@ -344,29 +355,60 @@ def _effect(report: Mapping[str, Any]) -> str:
     return f'{text}{_table(["", *sides], rows)}<div class="figures">{"".join(figures)}</div>'
 
 
-def _costs(report: Mapping[str, Any]) -> str:
+def _costs(report: Mapping[str, Any], clock: Mapping[str, Mapping[str, float]]) -> str:
     costs = report.get("costs")
     if not costs or not costs["pairs"]:
         return ""
-    steps = costs["steps"]
-    total = sum(step["flops"] for step in steps.values())
+    steps = by_step(costs, clock)
+    own = [step for step in steps if step["step"] not in ASIDE]
+    counted = ("prefilled", "decoded", "scored")
     rows = [
         [
-            name,
-            *(f"{step[key]:,}" for key in ("prefilled", "decoded", "scored")),
-            f"{step['flops']:.3g}",
-            f"{step['flops'] / max(1, total):.1%}",
+            step["step"],
+            *(f"{step[key]:,}" for key in counted),
+            _flops(step["flops"]),
+            f"{step['share']:.1%}",
+            "–" if step["seconds"] is None else _seconds(step["seconds"]),
+            "–" if step["peak_bytes"] is None else f"{step['peak_bytes'] / 2**20:,.0f}",
         ]
-        for name, step in steps.items()
+        for step in steps
     ]
-    if judge := costs.get("judge"):
-        rows.append(["reward model", f"{judge['tokens']:,}", "0", "0", f"{judge['flops']:.3g}", "–"])
-    text = (
-        f"<p>{total / costs['pairs']:.3g} forward FLOPs a pair, of the model itself. Figures and checks (the responses "
-        f"read again, and what this page needs) belong to no method. Seconds and memory, and the comparison with "
-        f"baselines in three accountings: <code>icon2 costs</code>.</p>"
+    seconds = [step["seconds"] for step in steps if step["seconds"] is not None]
+    peaks = [step["peak_bytes"] for step in steps if step["peak_bytes"] is not None]
+    rows.append(
+        [
+            "all",
+            *(f"{sum(step[key] for step in steps):,}" for key in counted),
+            _flops(sum(step["flops"] for step in steps)),
+            "100%",
+            _seconds(sum(seconds)) if seconds else "–",
+            f"{max(peaks) / 2**20:,.0f}" if peaks else "–",
+        ]
     )
-    return text + _table(["step", "tokens prefilled", "decoded", "scored", "FLOPs", "share"], rows)
+    if judge := costs.get("judge"):
+        rows.append(["reward model", f"{judge['tokens']:,}", "0", "0", _flops(judge["flops"]), "–", "–", "–"])
+    head = ["step", "prefilled", "decoded", "scored", "FLOPs", "share", "seconds", "peak MiB"]
+    notes = [STEP_NOTES[step["step"]] for step in steps if step["step"] in STEP_NOTES]
+    took = f" and {_seconds(sum(step['seconds'] or 0 for step in own) / costs['pairs'])} s" if seconds else ""
+    return (
+        f"<p>A pair took {_flops(sum(step['flops'] for step in own) / costs['pairs'])} forward FLOPs of the model "
+        f"itself{took}, without what belongs to no method.</p>{_table(head, rows)}"
+        f'<p class="dim">In tokens. {" ".join(notes)} Seconds are of all calls that the run took; memory is the most '
+        f"in use while a step's files were made: allocated on a GPU, the whole process elsewhere. The comparison with "
+        f"baselines, in three accountings: <code>icon2 costs</code>.</p>"
+    )
+
+
+def _flops(value: float) -> str:
+    """A number of operations with a unit that people can read: 4.44 G."""
+    for power, unit in ((15, " P"), (12, " T"), (9, " G"), (6, " M"), (3, " k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _examples(report: Mapping[str, Any]) -> str:
@@ -383,7 +425,8 @@ def _examples(report: Mapping[str, Any]) -> str:
         )
     if not articles:
         return ""
-    note = '<p class="dim">The first ones of each criterion that differ, not the best. Marked: where they part.</p>'
+    of = " of each criterion" if any(example["criterion"] for example in report["examples"]) else ""
+    note = f'<p class="dim">The first ones{of} that differ, not the best. Marked: where they part.</p>'
     return note + "".join(articles)
 
 

@@ -72,7 +72,7 @@ def pair_sections(job: Job, shards: Sequence[Artifact]) -> dict[str, Any]:
                     examples.append(_example(record))
     return {
         "columns": columns,
-        "pairs": health.pair_health(figures),
+        "pairs": {**health.pair_health(figures), "same_draws": job.config.pairs.same_draws},
         "separability": separability.probe(texts, token_ids(job.rt)),
         "examples": _by_turns(list(shown.values())),
     }

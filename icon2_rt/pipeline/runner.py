@@ -163,7 +163,7 @@ class _Work:
         folder = self._folder
         report = {**report, "costs": costs.account(folder.artifacts(), self.job.rt.spec, report["counts"]["pairs"])}
         folder.write_result("report.json", to_json(report))
-        folder.write_result("report.html", page.render(report, self.about).encode())
+        folder.write_result("report.html", page.render(report, self.about, costs.clock(folder.path)).encode())
         folder.write_result("README.md", readme.encode())
         finished = {**self.about, "counts": report["counts"], "finished": True}
         folder.write_manifest(finished)
