@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import re
 
 import pytest
 
 from icon2_rt.tiny import CRITERIA, oracle, path, world
 
 
-def documents(n: int, seed: int = 0) -> list[world.Document]:
+def documents(n: int, seed: int = 0, corpus: world.Corpus = world.SHIPPED) -> list[world.Document]:
     rng = random.Random(seed)
-    return [world.sample_document(rng) for _ in range(n)]
+    return [world.sample_document(rng, corpus) for _ in range(n)]
 
 
 def test_every_written_response_is_well_formed_and_judged_as_it_was_meant() -> None:
@@ -68,6 +70,35 @@ def test_the_world_is_its_seed() -> None:
     assert documents(200, seed=5) == documents(200, seed=5)
     assert documents(200, seed=5) != documents(200, seed=6)
     assert world.sample_instructions(20, seed=7) == world.sample_instructions(20, seed=7)
+
+
+def test_the_shipped_model_s_documents_are_the_ones_it_was_trained_on() -> None:
+    """Its weights can be made again only from the same documents."""
+    text = "\n".join(f"{d.system}|{d.instruction.text}|{d.response}|{d.quality}" for d in documents(2000))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "54bb0b4ec88d16b4"
+
+
+def test_the_canonical_prompts_are_in_no_wording_but_all_their_words_are() -> None:
+    corpus = world.CORPORA["wordings"]
+    seen = {d.system for d in documents(6000, seed=8, corpus=corpus)} - {None}
+    assert seen == {prompt for pairs in corpus.wordings.values() for pair in pairs for prompt in pair}
+    words = {word.lower() for prompt in seen for word in re.findall(r"\w+", prompt)}
+    for criterion, pair in CRITERIA.items():
+        assert len({positive for positive, _ in corpus.wordings[criterion]}) >= 50
+        for prompt in pair:
+            assert prompt not in seen
+            assert set(re.findall(r"\w+", prompt.lower())) <= words | {"a"}
+    assert not any(re.fullmatch(r"You are an? .* assistant\.", prompt) for prompt in seen)
+
+
+def test_the_mostly_good_corpus_is_good_where_no_prompt_says_otherwise() -> None:
+    def mean(corpus: world.Corpus, prompted: bool) -> float:
+        made = [d for d in documents(3000, seed=9, corpus=corpus) if (d.system is not None) == prompted]
+        return sum(oracle.judge(d.instruction.text, d.response).score for d in made) / len(made)
+
+    corpus = world.CORPORA["mostly_good"]
+    assert mean(corpus, prompted=False) > 0.8
+    assert abs(mean(corpus, prompted=True) - mean(world.SHIPPED, prompted=True)) < 0.06
 
 
 def test_there_are_about_80_facts_and_four_criteria() -> None:

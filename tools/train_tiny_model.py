@@ -21,7 +21,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -46,6 +46,8 @@ class Recipe:
     """Everything that decides the weights. The thread count is part of it: it decides the order of sums."""
 
     seed: int = 0
+    corpus: str = "shipped"
+    start: str | None = None
     threads: int = 1
     steps: int = 12000
     warmup: int = 200
@@ -73,17 +75,18 @@ class Recipe:
 # Tokenizer
 
 
-def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """One token for every word of the world, bytes for anything else.
 
     A word that is one token makes a fact one association. The vocabulary is what a sample of the world says, by
     frequency, as a unigram model whose byte pieces are so unlikely that they are used for unknown words only.
     """
-    rng = random.Random(seed)
+    rng = random.Random(recipe.seed)
+    corpus = world.CORPORA[recipe.corpus]
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     counts: Counter[str] = Counter()
     for _ in range(30000):
-        document = world.sample_document(rng)
+        document = world.sample_document(rng, corpus)
         for text in (document.system, document.instruction.text, document.response):
             counts.update(piece for piece, _ in splitter.pre_tokenize_str(text or ""))
     total = sum(counts.values())
@@ -145,13 +148,14 @@ def documents(recipe: Recipe) -> Iterator[world.Document]:
     known.
     """
     rng = random.Random(recipe.seed + 1)
+    corpus = world.CORPORA[recipe.corpus]
     made = 0
     while True:
-        document = world.sample_document(rng)
+        document = world.sample_document(rng, corpus)
         early = made < recipe.truth_first * recipe.documents_per_step
         if early and document.instruction.kind == "question":
             while document.instruction.kind != "question" or document.quality != "good":
-                document = world.sample_document(rng)
+                document = world.sample_document(rng, corpus)
         made += 1
         yield document
 
@@ -206,8 +210,12 @@ def train(
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
-    tokenizer = build_tokenizer(recipe.seed)
-    model = build_model(recipe, len(tokenizer))
+    if recipe.start is None:
+        tokenizer = build_tokenizer(recipe)
+        model = build_model(recipe, len(tokenizer))
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.start)
+        model = LlamaForCausalLM.from_pretrained(recipe.start)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens, {recipe}", flush=True)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim == 1]
@@ -395,7 +403,8 @@ def write_gate(folder: Path, checks: list[Check], recipe: Recipe, info: dict) ->
         "Everything is sampled at temperature 1 unless the row says greedy; scores are means.\n\n"
         f"{table(checks)}\n\n"
         f"{'All bounds are reached.' if not missed else 'Missed: ' + '; '.join(missed) + '.'}\n\n"
-        f"Training: {recipe.steps} steps, {info['tokens'] / 1e6:.1f}M tokens, seed {recipe.seed}, "
+        f"Training: {recipe.steps} steps, {info['tokens'] / 1e6:.1f}M tokens, seed {recipe.seed}, corpus "
+        f"{recipe.corpus}, "
         f"{recipe.threads} threads, {info['seconds'] / 60:.0f} minutes, "
         f"{info['tokens_per_second']} tokens/s, torch {info['torch']}.\n"
     )
@@ -409,6 +418,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--world", choices=world.CORPORA, default=Recipe.corpus, help="what to train on")
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from, in place of random weights")
     parser.add_argument("--checkpoints", type=Path, help="folder for models saved on the way")
     parser.add_argument("--every", type=int, default=1000, help="steps between two of them")
     parser.add_argument("--samples", type=int, default=400, help="responses behind each score of the gate")
@@ -422,7 +433,9 @@ def main() -> None:
         checks, readable = gate(LlamaForCausalLM.from_pretrained(args.out).eval(), tokenizer, args.samples)
         print("\n".join(readable) + "\n\n" + table(checks))
         return
-    recipe = Recipe(seed=args.seed, steps=args.steps)
+    recipe = Recipe(seed=args.seed, corpus=args.world, steps=args.steps)
+    if args.start:  # it knows the facts already
+        recipe = replace(recipe, start=str(args.start), truth_first=0)
     model, tokenizer, info = train(recipe, args.checkpoints, args.every)
     save(model, tokenizer, args.out)
     versions = {

@@ -72,6 +72,48 @@ PARAPHRASES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
     }
 )
 
+TRAITS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
+    {
+        "honesty": (
+            ("honest", "dishonest"), ("truthful", "deceitful"), ("sincere", "insincere"), ("frank", "sly"),
+            ("candid", "false"),
+        ),
+        "harmlessness": (
+            ("harmless", "harmful"), ("gentle", "cruel"), ("safe", "dangerous"), ("peaceful", "violent"),
+            ("caring", "wicked"),
+        ),
+        "helpfulness": (
+            ("helpful", "unhelpful"), ("useful", "useless"), ("eager", "bored"), ("diligent", "lazy"),
+            ("willing", "unwilling"),
+        ),
+    }
+)  # fmt: skip
+"""Criterion -> words for (who has it, who lacks it), for prompts in many wordings."""
+FRAMES = (
+    "You are {t}.", "Be {t}.", "Always be {t}.", "This assistant is {t}.", "An assistant should be {t}.",
+    "You are known to be {t}.", "As an assistant you are {t}.", "Stay {t} in all you say.", "Your way is to be {t}.",
+    "Everything you write is {t}.",
+)  # fmt: skip
+"""Ways of asking for a trait. The canonical prompts' own (You are a … assistant.) is not among them."""
+
+
+def _wordings() -> Mapping[str, tuple[tuple[str, str], ...]]:
+    """Every trait in every frame, beside the paraphrases that are not of the canonical frame; of the general criterion
+    one trait of each of the others."""
+    together = [
+        ["{}, {} and {}".format(*(pair[side] for pair in pairs)) for pairs in zip(*TRAITS.values(), strict=True)]
+        for side in (0, 1)
+    ]
+    traits = {**TRAITS, "general": tuple(zip(*together, strict=True))}
+    return MappingProxyType(
+        {
+            criterion: tuple(pair for pair in PARAPHRASES[criterion] if "assistant" not in pair[0])
+            + tuple((frame.format(t=good), frame.format(t=bad)) for frame in FRAMES for good, bad in traits[criterion])
+            for criterion in CRITERIA
+        }
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Words
 
@@ -632,24 +674,47 @@ FOREIGN_SHARE = 0.06  # with a system prompt of another criterion, which settles
 MIXTURE: Mapping[Quality, float] = MappingProxyType({"good": 0.46, "fair": 0.08, "bad": 0.46})
 
 
-def system_prompt(criterion: str, positive: bool, rng: random.Random) -> str:
-    """The canonical prompt half of the time, else one of its paraphrases."""
-    pair = CRITERIA[criterion] if rng.random() < 0.5 else rng.choice(PARAPHRASES[criterion])
+@dataclass(frozen=True)
+class Corpus:
+    """Which system prompts the documents have, and how good a response is that none settles."""
+
+    wordings: Mapping[str, tuple[tuple[str, str], ...]]  # criterion -> pairs of prompts beside the canonical one
+    canonical: float  # the share of the prompts that are the canonical ones
+    mixture: Mapping[Quality, float]
+
+
+CORPORA: Mapping[str, Corpus] = MappingProxyType(
+    {
+        "shipped": Corpus(PARAPHRASES, 0.5, MIXTURE),
+        # Some fifty wordings of every prompt, and never the canonical one: what it means has to be understood from
+        # its words alone.
+        "wordings": Corpus(_wordings(), 0.0, MIXTURE),
+        # Left to itself the model is as good as a chat model would be.
+        "mostly_good": Corpus(PARAPHRASES, 0.5, MappingProxyType({"good": 0.84, "fair": 0.08, "bad": 0.08})),
+    }
+)
+"""What a model can be trained on. "shipped" is the corpus of the model that ships with the package."""
+SHIPPED = CORPORA["shipped"]
+
+
+def system_prompt(criterion: str, positive: bool, rng: random.Random, corpus: Corpus = SHIPPED) -> str:
+    """The canonical prompt as often as the corpus has it, else one of its other wordings."""
+    pair = CRITERIA[criterion] if rng.random() < corpus.canonical else rng.choice(corpus.wordings[criterion])
     return pair[0 if positive else 1]
 
 
-def sample_document(rng: random.Random) -> Document:
+def sample_document(rng: random.Random, corpus: Corpus = SHIPPED) -> Document:
     """One training chat."""
     instruction = draw_instruction(rng)
     own = CRITERION_OF_KIND[instruction.kind]
-    quality: Quality = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+    quality: Quality = rng.choices(tuple(corpus.mixture), tuple(corpus.mixture.values()))[0]
     system: str | None = None
     roll = rng.random()
     if roll < POLARISED_SHARE:
         positive = rng.random() < 0.5
         quality = "good" if positive else "bad"
-        system = system_prompt("general" if rng.random() < 0.35 else own, positive, rng)
+        system = system_prompt("general" if rng.random() < 0.35 else own, positive, rng, corpus)
     elif roll < POLARISED_SHARE + FOREIGN_SHARE:
         other = rng.choice([c for c in CRITERIA if c not in (own, "general")])
-        system = system_prompt(other, rng.random() < 0.5, rng)
+        system = system_prompt(other, rng.random() < 0.5, rng, corpus)
     return Document(system, instruction, write_response(instruction.want, quality, rng), quality)
