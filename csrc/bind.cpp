@@ -2,7 +2,12 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
+#include <functional>
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/begin_step.h"
 #include "cpu/kernels.h"
@@ -42,15 +47,77 @@ void use_instruction_set(const std::string& name) {
   throw py::value_error("instruction set '" + name + "' is not one of " + std::string(py::str(instruction_sets())));
 }
 
-// Other Python threads may run while a kernel works for long; for a short one giving way costs more than it is worth.
+// A step that was captured: its kernels with their arguments, in order, and the tensors whose memory they use.
+class Program {
+ public:
+  void add(int64_t work, std::function<void()> call) {
+    work_ += work;
+    calls_.push_back(std::move(call));
+  }
+  std::vector<py::object>& tensors() { return tensors_; }
+  int64_t size() const { return static_cast<int64_t>(calls_.size()); }
+
+  void repeat() const {
+    giving_way(work_, [this] {
+      for (const auto& call : calls_) call();
+    });
+  }
+
+  // Other Python threads may run while kernels work for long; for short ones giving way costs more than it is worth.
+  template <class F>
+  static void giving_way(int64_t work, F f) {
+    if (work < kWorkPerThread) {
+      f();
+    } else {
+      const py::gil_scoped_release release;
+      f();
+    }
+  }
+
+ private:
+  std::vector<std::function<void()>> calls_;
+  std::vector<py::object> tensors_;
+  int64_t work_ = 0;
+};
+
+std::unique_ptr<Program> capturing;
+
+void begin_capture() {
+  capturing = std::make_unique<Program>();
+  kept = &capturing->tensors();
+}
+
+// What was captured since begin_capture, or None after abandon_capture.
+std::unique_ptr<Program> end_capture() {
+  kept = nullptr;
+  return std::move(capturing);
+}
+
+void abandon_capture() {
+  kept = nullptr;
+  capturing.reset();
+}
+
+// `f` holds its arguments by value: a captured step calls it again.
 template <class F>
 void run(int64_t work, F f) {
-  if (work < kWorkPerThread) {
-    f();
-  } else {
-    py::gil_scoped_release release;
-    f();
-  }
+  Program::giving_way(work, f);
+  if (capturing) capturing->add(work, std::move(f));
+}
+
+void py_embed(py::handle tokens_, py::handle weight_, py::handle out_) {
+  const Tensor tokens("tokens", tokens_, Kind::i64), weight("weight", weight_, Kind::floating),
+      out("out", out_, Kind::floating);
+  tokens.shaped({-1}).dense();
+  weight.shaped({-1, -1}).dense();
+  const int64_t rows = tokens.dim(0), hidden = weight.dim(1);
+  out.shaped({rows, hidden}).dense().like(weight);
+  within<int64_t>(tokens, rows, 0, weight.dim(0));
+  out.apart({&tokens, &weight});
+  const auto bytes = static_cast<size_t>(hidden) * (weight.dtype() == DType::f32 ? 4 : 2);
+  run(rows * hidden, [rows, bytes, ids = tokens.as<int64_t>(), from = weight.as<char>(), to = out.as<char>()] {
+    for (int64_t row = 0; row < rows; ++row) std::memcpy(to + row * bytes, from + ids[row] * bytes, bytes);
+  });
 }
 
 void py_add_steer_rmsnorm(py::handle x_, py::handle residual_, py::handle weight_, float eps, py::handle bank_,
@@ -130,7 +197,7 @@ void py_add_steer_rmsnorm(py::handle x_, py::handle residual_, py::handle weight
     a.which = which.as<int32_t>();
     a.measured = measured.as<float>();
   }
-  run(rows * hidden * 8, [&] { kernels->add_steer_rmsnorm(a); });
+  run(rows * hidden * 8, [a, of = kernels] { of->add_steer_rmsnorm(a); });
 }
 
 void py_rope_append(py::handle qkv_, py::handle cos_, py::handle sin_, py::handle q_norm_, py::handle k_norm_,
@@ -177,7 +244,7 @@ void py_rope_append(py::handle qkv_, py::handle cos_, py::handle sin_, py::handl
                      v_pages.data(),
                      slots.as<int64_t>(),
                      q.data()};
-  run(rows * qkv.dim(1) * 4, [&] { kernels->rope_append(a); });
+  run(rows * qkv.dim(1) * 4, [a, of = kernels] { of->rope_append(a); });
 }
 
 void py_begin_step(py::handle positions_, py::handle running_, py::handle tables_, int64_t page_size,
@@ -217,28 +284,29 @@ void py_begin_step(py::handle positions_, py::handle running_, py::handle tables
   for (const Tensor* written : {&lengths, &n_splits, &slots, &cos, &sin})
     written->apart(
         {&positions, &running, &tables, &inv_freq, &rows, &splits, &count, &lengths, &n_splits, &slots, &cos, &sin});
-  begin_step({batch,
-              tables.stride(0),
-              page_size,
-              half,
-              n,
-              n ? rows.dim(1) : 0,
-              rows.stride(0),
-              used,
-              cos.dtype(),
-              positions.as<int32_t>(),
-              tables.as<int32_t>(),
-              running.as<bool>(),
-              inv_freq.as<float>(),
-              rope_scaling,
-              rows.as<int32_t>(),
-              splits.as<int32_t>(),
-              split,
-              lengths.as<int32_t>(),
-              n_splits.as<int32_t>(),
-              slots.as<int64_t>(),
-              cos.data(),
-              sin.data()});
+  const BeginStep a{batch,
+                    tables.stride(0),
+                    page_size,
+                    half,
+                    n,
+                    n ? rows.dim(1) : 0,
+                    rows.stride(0),
+                    used,
+                    cos.dtype(),
+                    positions.as<int32_t>(),
+                    tables.as<int32_t>(),
+                    running.as<bool>(),
+                    inv_freq.as<float>(),
+                    rope_scaling,
+                    rows.as<int32_t>(),
+                    splits.as<int32_t>(),
+                    split,
+                    lengths.as<int32_t>(),
+                    n_splits.as<int32_t>(),
+                    slots.as<int64_t>(),
+                    cos.data(),
+                    sin.data()};
+  run(0, [a] { begin_step(a); });
 }
 
 void py_attention(py::handle q_, py::handle k_pages_, py::handle v_pages_, py::handle rows_, py::handle pages_,
@@ -272,14 +340,12 @@ void py_attention(py::handle q_, py::handle k_pages_, py::handle v_pages_, py::h
   within<int32_t>(pages, n, 0, k_pages.dim(0));
   within<int32_t>(lengths, n, 0, pages.dim(1) * page_size + 1);
   within<int32_t>(splits, n, 0, n_partials + 1);
-  int64_t used = 0;  // places for partial results
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t first = starts.as<int32_t>()[row], parts = n_splits.as<int32_t>()[row];
     if (parts == 0) continue;
     if (first < 0 || parts < 0 || first + parts > n_partials)
       throw py::index_error("row " + std::to_string(row) + " has parts [" + std::to_string(first) + ", " +
                             std::to_string(first + parts) + "), and there are " + std::to_string(n_partials));
-    used = std::max(used, first + parts);
   }
   out.apart({&q, &k_pages, &v_pages, &rows, &pages, &splits, &layers, &count, &starts, &lengths, &n_splits});
   int64_t positions = 0;
@@ -305,11 +371,11 @@ void py_attention(py::handle q_, py::handle k_pages_, py::handle v_pages_, py::h
                     starts.as<int32_t>(),
                     lengths.as<int32_t>(),
                     n_splits.as<int32_t>(),
-                    used,
                     scale,
                     layer,
                     out.data()};
-  run(positions * kv_heads * d * (1 + rows.dim(1) * heads / kv_heads), [&] { kernels->grouped_decode_attention(a); });
+  run(positions * kv_heads * d * (1 + rows.dim(1) * heads / kv_heads),
+      [a, of = kernels] { of->grouped_decode_attention(a); });
 }
 
 void py_silu_mul(py::handle gate_up_, py::handle out_) {
@@ -321,7 +387,7 @@ void py_silu_mul(py::handle gate_up_, py::handle out_) {
   out.shaped({rows, width}).dense().like(gate_up);
   out.apart({&gate_up});
   const SiluMul a{rows, width, out.dtype(), gate_up.data(), gate_up.stride(0), out.data()};
-  run(rows * width * 8, [&] { kernels->silu_mul(a); });
+  run(rows * width * 8, [a, of = kernels] { of->silu_mul(a); });
 }
 
 void py_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle y_) {
@@ -335,7 +401,7 @@ void py_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle y
   y.shaped({rows, out}).dense().like(x);
   y.apart({&x, &weight, &bias});
   const Linear a{rows, in, out, x.dtype(), x.data(), weight.data(), bias.as<void>(), x.stride(0), y.data()};
-  run(rows * in * out / 4, [&] { kernels->linear(a); });
+  run(rows * in * out / 4, [a, of = kernels] { of->linear(a); });
 }
 
 void py_sample(py::handle logits_, py::handle sampled_, py::handle seeds_, py::handle temperature_, py::handle top_k_,
@@ -391,7 +457,7 @@ void py_sample(py::handle logits_, py::handle sampled_, py::handle seeds_, py::h
                  generated.as<int32_t>(),
                  running.as<bool>(),
                  logprobs.as<float>()};
-  run(rows * vocab * 16, [&] { kernels->sample(a); });
+  run(rows * vocab * 16, [a, of = kernels] { of->sample(a); });
 }
 
 py::tuple py_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
@@ -413,7 +479,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return kernels->name; });
   m.def("use_instruction_set", &use_instruction_set);
+  py::class_<Program>(m, "Program").def("repeat", &Program::repeat).def("__len__", &Program::size);
+  m.def("begin_capture", &begin_capture);
+  m.def("abandon_capture", &abandon_capture);
+  m.def("end_capture", &end_capture);
   m.def("philox", &py_philox);
+  m.def("embed", &py_embed);
   m.def("add_steer_rmsnorm", &py_add_steer_rmsnorm);
   m.def("rope_append", &py_rope_append);
   m.def("begin_step", &py_begin_step);

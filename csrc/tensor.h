@@ -5,6 +5,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "cpu/scalar.h"
 #include "dlpack.h"
@@ -23,6 +24,9 @@ inline void use_exchange(const py::capsule& capsule) {
   exchange = found;
 }
 
+// Where every tensor that is looked at is kept while a step is captured; null otherwise.
+inline std::vector<py::object>* kept = nullptr;
+
 enum class Kind { floating, f32, i32, i64, boolean };
 
 class Tensor {
@@ -39,6 +43,7 @@ class Tensor {
     if (view_.device_type != kDLCPU) throw py::value_error(name_ + " must be on the CPU");
     if (!is(kind)) throw py::type_error(name_ + " must be " + wanted(kind) + ", not " + dtype_name());
     if (size() > 0 && data() == nullptr) throw py::value_error(name_ + " has no memory");
+    if (kept != nullptr) kept->push_back(py::reinterpret_borrow<py::object>(object));
   }
 
   explicit operator bool() const { return view_.shape != nullptr || view_.data != nullptr; }

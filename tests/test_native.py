@@ -7,15 +7,16 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from icon2_rt import ops
+from icon2_rt import Direction, Runtime, ops
 from icon2_rt.ops import AttentionItems, RowSampling, RowState, RowSteering, native
+from tests.models import random_prompts, random_vectors, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(native.why_not is not None, reason=f"no native extension here: {native.why_not}")
 
@@ -186,6 +187,12 @@ def test_linear(isa, guards, n_in, n_out, dtype):
     together = native.linear(x, weight, bias)
     for row in range(native.FEW_ROWS):
         assert torch.equal(native.linear(x[row : row + 1], weight, bias)[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(guards, dtype):
+    tokens, weight = torch.tensor([3, 0, 3, 6]), rand(7, 131, dtype=dtype)
+    assert torch.equal(native.embed(tokens, weight), ops.embed(tokens, weight))
 
 
 def row_state(positions: list[int], running: list[bool], generated: int = 3) -> RowState:
@@ -474,6 +481,76 @@ def test_indices_outside_are_refused():
 
 
 # --- threads and the process -----------------------------------------------------------------------------------------
+
+
+def test_a_captured_step_repeats_its_kernels_on_the_same_memory():
+    tokens, weight, gain = torch.tensor([3, 1]), rand(7, 16), rand(16)
+    made: list[Tensor] = []
+
+    def step() -> None:
+        h = native.embed(tokens, weight)
+        made[:] = native.add_steer_rmsnorm(None, h, gain, 1e-5)
+        made.append(native.linear(made[1], weight))
+
+    repeat = native.capture(step)
+    assert repeat is not None
+    first = [x.clone() for x in made]
+    tokens.copy_(torch.tensor([6, 0]))
+    repeat()
+    again = [x.clone() for x in made]
+    for x in made:
+        x.fill_(torch.nan)
+    del step  # what the kernels read and write stays, whoever else lets go of it
+    repeat()
+    assert all(torch.equal(x, y) and not torch.equal(x, z) for x, y, z in zip(made, again, first, strict=True))
+    assert torch.equal(made[2], native.linear(native.add_steer_rmsnorm(None, weight[tokens], gain, 1e-5)[1], weight))
+
+
+def test_a_step_that_is_partly_torchs_or_fails_is_not_captured():
+    x, weight = rand(native.FEW_ROWS + 1, 8), rand(3, 8)
+    assert native.capture(lambda: (native.silu_mul(x), native.linear(x, weight), native.silu_mul(x))) is None
+    with pytest.raises(ValueError, match="even width"):
+        native.capture(lambda: native.silu_mul(rand(2, 3)))
+    native.silu_mul(x)  # captured by nobody
+    repeat = native.capture(lambda: native.silu_mul(x))
+    assert repeat is not None and len(repeat.__self__) == 1
+
+
+@pytest.mark.parametrize("pairs", [1, 3, native.FEW_ROWS])
+def test_steps_that_are_repeated_give_what_steps_of_single_ops_give(pairs):
+    steered = Direction("d", random_vectors(4, 48, seed=0), torch.ones(4))
+    repeated: list[int] = []
+
+    def generate(rt: Runtime) -> list:
+        return rt.generate_branches(
+            random_prompts([1, 7, 30, 60] * pairs, seed=2)[:pairs],
+            [None, 2.0 * steered, -2.0 * steered],
+            max_new_tokens=45,
+            temperature=1.2,
+            top_p=0.9,
+            repetition_penalty=1.1,
+            seed=4,
+        )
+
+    def capture(step: Callable[[], object]) -> Callable[[], None] | None:
+        repeat = native.capture(step)
+
+        def counted() -> None:
+            repeated.append(1)
+            repeat()
+
+        return counted if repeat is not None else None
+
+    def runtime(capture: Callable | None) -> Runtime:
+        rt = Runtime(tiny_llama(), tiny_tokenizer(), backend="native", page_size=8, split_pages=2, max_rows=256)
+        rt._engine.model = replace(rt._engine.model, ops=replace(rt._engine.model.ops, capture=capture))
+        return rt
+
+    captured, single = generate(runtime(capture)), generate(runtime(None))
+    assert bool(repeated) == (3 * pairs <= native.FEW_ROWS)
+    for one, two in zip(captured, single, strict=True):
+        for a, b in zip(one.branches, two.branches, strict=True):
+            assert (a.token_ids, a.logprobs) == (b.token_ids, b.logprobs)
 
 
 def python(code: str, **environment: str) -> str:

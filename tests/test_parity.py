@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from icon2_rt import Completion, Direction, Runtime, Steering
 from icon2_rt.engine import step
+from icon2_rt.engine.batch import Batch
 from tests import hooks
 from tests.models import (
     FAMILIES,
@@ -69,15 +70,21 @@ def assert_close(got: list[float], expected: list[float]) -> None:
 
 def decode(rt: Runtime, prompts: list[list[int]], steerings: list[Steering | None]) -> tuple[list[Completion], Tensor]:
     """64 greedy tokens, and the logits that they were taken from: ``[64, prompts, vocab]``."""
+    last: list[Tensor] = []  # a step that is repeated writes the same memory
     steps = []
 
     def recording(*args: Any) -> Tensor:
-        steps.append(logits(*args))
-        return steps[-1]
+        last[:] = [logits(*args)]
+        return last[0]
 
-    logits = step.logits
+    def stepping(*args: Any) -> None:
+        one_step(*args)
+        steps.append(last[0].clone())
+
+    logits, one_step = step.logits, Batch.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "logits", recording)
+        patch.setattr(Batch, "step", stepping)
         completions = rt.generate(prompts, steerings, do_sample=False, max_new_tokens=64)
     return completions, torch.stack(steps)
 

@@ -7,27 +7,35 @@
 template <class T, int NQ, int NP>
 static inline void score_tile(const float* q, int64_t stride, const T* const* k, int64_t d, float* scores,
                               int64_t span) {
-  V sum[NQ][NP];
-  for (int i = 0; i < NQ; ++i)
-    for (int p = 0; p < NP; ++p) sum[i][p] = vset(0.0f);
-  chunks(d, [&](int64_t i, int m) {
+  V sum[NQ * NP];
+  ICON2_UNROLL
+  for (int i = 0; i < NQ * NP; ++i) sum[i] = vset(0.0f);
+  chunks(d, [&](int64_t i, int m) ICON2_INLINE {
     V key[NP];
+    ICON2_UNROLL
     for (int p = 0; p < NP; ++p) key[p] = vload(k[p] + i, m);
+    ICON2_UNROLL
     for (int n = 0; n < NQ; ++n) {
-      const V query = vload(q + n * stride + i, m);
-      for (int p = 0; p < NP; ++p) sum[n][p] = vfma(query, key[p], sum[n][p]);
+      V query = vload(q + n * stride + i, m);
+      vhold(query);
+      ICON2_UNROLL
+      for (int p = 0; p < NP; ++p) sum[n * NP + p] = vfma(query, key[p], sum[n * NP + p]);
     }
   });
-  for (int n = 0; n < NQ; ++n)
-    for (int p = 0; p < NP; ++p) scores[n * span + p] = vsum(sum[n][p]);
+  float total[NQ * NP];
+  vsums<NQ * NP>(sum, total);
+  ICON2_UNROLL
+  for (int n = 0; n < NQ; ++n) ICON2_UNROLL
+  for (int p = 0; p < NP; ++p) scores[n * span + p] = total[n * NP + p];
 }
 
 template <class T, int NQ>
 static inline void score(const float* q, int64_t stride, const T* const* k, int64_t length, int64_t d, float* scores,
                          int64_t span) {
+  constexpr int NP = 8 / NQ;
   int64_t p = 0;
-  for (; p + 2 <= length; p += 2) score_tile<T, NQ, 2>(q, stride, k + p, d, scores + p, span);
-  if (p < length) score_tile<T, NQ, 1>(q, stride, k + p, d, scores + p, span);
+  for (; p + NP <= length; p += NP) score_tile<T, NQ, NP>(q, stride, k + p, d, scores + p, span);
+  for (; p < length; ++p) score_tile<T, NQ, 1>(q, stride, k + p, d, scores + p, span);
 }
 
 // NQ queries' weighted sums over NV vectors of V's columns from `column` on; `m` numbers of the last vector exist.
@@ -96,11 +104,12 @@ static void attend_item(const Attention& a, int64_t item, int64_t kv_head, Softm
   Scratch<float> memory(most * (2 * wide + span));
   float *q = memory.p, *out = q + most * wide, *scores = out + most * wide;
   Scratch<const T*> k(length), v(length);
-  for (int64_t p = 0; p < length; ++p) {
-    const int64_t page = pages[p / a.page_size];
-    const int64_t at = ((page * a.page_size + p % a.page_size) * a.kv_heads + kv_head) * d;
-    k.p[p] = static_cast<const T*>(a.k_pages) + at;
-    v.p[p] = static_cast<const T*>(a.v_pages) + at;
+  for (int64_t p = 0; p < length; ++pages) {
+    int64_t at = (*pages * a.page_size * a.kv_heads + kv_head) * d;
+    for (const int64_t end = p + a.page_size; p < end && p < length; ++p, at += a.kv_heads * d) {
+      k.p[p] = static_cast<const T*>(a.k_pages) + at;
+      v.p[p] = static_cast<const T*>(a.v_pages) + at;
+    }
   }
 
   Scratch<int64_t> places(most);  // of every query, in `parts`
@@ -118,6 +127,7 @@ static void attend_item(const Attention& a, int64_t item, int64_t kv_head, Softm
   }
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) score<T, 4>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
+  for (; i + 2 <= n; i += 2) score<T, 2>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
   for (; i < n; ++i) score<T, 1>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
   for (i = 0; i < n; ++i) parts[places.p[i]] = soften(scores + i * span, length);
   for (i = 0; i + 2 <= n; i += 2) blend<T, 2>(scores + i * span, span, v.p, length, d, out + i * wide, wide);
@@ -128,7 +138,11 @@ static void attend_item(const Attention& a, int64_t item, int64_t kv_head, Softm
 
 template <class T>
 static void attention_of(const Attention& a) {
-  const int64_t d = a.d, wide = padded(d), n_parts = a.n_partials * a.heads;
+  const int64_t d = a.d, wide = padded(d);
+  int64_t used = 0;  // places for partial results
+  for (int64_t row = 0; row < a.batch; ++row)
+    if (a.n_splits[row] > 0) used = used > a.starts[row] + a.n_splits[row] ? used : a.starts[row] + a.n_splits[row];
+  const int64_t n_parts = used * a.heads;
   Scratch<float> memory(n_parts * (wide + 2));
   float* sums = memory.p;
   SoftmaxPart* parts = reinterpret_cast<SoftmaxPart*>(sums + n_parts * wide);

@@ -45,7 +45,6 @@ struct Attention {
   const void *k_pages, *v_pages;
   int64_t n, width, rows_stride, pages_stride;  // items, and the rows of each
   const int32_t *rows, *pages, *splits, *layers, *starts, *lengths, *n_splits;
-  int64_t n_partials;
   float scale;
   int64_t layer;
   void* out;

@@ -14,3 +14,12 @@
 #include "shared/select.h"
 #include "shared/softmax.h"
 #include "shared/steering.h"
+
+// For the lambda and the short loops around an inner loop's sums, which would otherwise live in memory.
+#if defined(__GNUC__) || defined(__clang__)
+#define ICON2_INLINE __attribute__((always_inline))
+#define ICON2_UNROLL _Pragma("GCC unroll 8")
+#else
+#define ICON2_INLINE
+#define ICON2_UNROLL
+#endif

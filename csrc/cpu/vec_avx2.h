@@ -6,6 +6,9 @@ constexpr const char* kName = "avx2";
 
 static inline V vset(float x) { return _mm256_set1_ps(x); }
 
+// Left to itself a compiler loads a vector again for every use as an operand.
+static inline void vhold(V& a) { __asm__("" : "+x"(a)); }
+
 static inline V vload(const float* p) { return _mm256_loadu_ps(p); }
 static inline V vload(const bf16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -52,6 +55,19 @@ static inline float vsum(V a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// out[i] = vsum(a[i]) for eight vectors, by the same additions: half the instructions of eight times vsum.
+#define ICON2_VSUM8
+static inline void vsum8(const V* a, float* out) {
+  V half[4], quarter[2];
+  for (int i = 0; i < 4; ++i)
+    half[i] = _mm256_add_ps(_mm256_permute2f128_ps(a[i], a[i + 4], 0x20), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  for (int i = 0; i < 2; ++i)
+    quarter[i] = _mm256_add_ps(_mm256_shuffle_ps(half[2 * i], half[2 * i + 1], 0x44),
+                               _mm256_shuffle_ps(half[2 * i], half[2 * i + 1], 0xEE));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_shuffle_ps(quarter[0], quarter[1], 0x88),
+                                      _mm256_shuffle_ps(quarter[0], quarter[1], 0xDD)));
 }
 
 static inline float vhmax(V a) {

@@ -6,6 +6,8 @@ constexpr const char* kName = "avx512";
 
 static inline V vset(float x) { return _mm512_set1_ps(x); }
 
+static inline void vhold(V& a) { __asm__("" : "+v"(a)); }
+
 static inline V vload(const float* p) { return _mm512_loadu_ps(p); }
 static inline V vload(const bf16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

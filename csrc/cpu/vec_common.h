@@ -24,6 +24,23 @@ static inline void vstore(T* p, V a, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(padded[i]);
 }
 
+#ifndef ICON2_VSUM8
+static inline void vsum8(const V* a, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = vsum(a[i]);
+}
+#endif
+#undef ICON2_VSUM8
+
+// out[i] = vsum(a[i]) for n vectors.
+template <int n>
+static inline void vsums(const V* a, float* out) {
+  if (n == 8) {
+    vsum8(a, out);
+  } else {
+    for (int i = 0; i < n; ++i) out[i] = vsum(a[i]);
+  }
+}
+
 // f(i, n) for every W numbers of `size`; n < W at the end.
 template <class F>
 static inline void chunks(int64_t size, F f) {

@@ -13,6 +13,8 @@ static inline V vset(float x) {
   return r;
 }
 
+static inline void vhold(V&) {}
+
 template <class T>
 static inline V vload(const T* p) {
   V r;

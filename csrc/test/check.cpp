@@ -274,7 +274,6 @@ void check_attention(const Kernels& kernels) {
                                         starts.data(),
                                         lengths.data(),
                                         n_splits.data(),
-                                        10,
                                         0.3f,
                                         4,
                                         result.data()});

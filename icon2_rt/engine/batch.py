@@ -8,8 +8,9 @@ of which a bucket of seats is run: rows take and leave seats by small copies, an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class Batch:
         with torch.inference_mode(False):  # tensors made inside it could not be written to outside
             self.buffers = _allocate(model, kv, bank, sizes)
         self._inputs: StepInputs | None = None
+        self._repeat: Callable[[], None] | None = None  # the step of this layout, where the ops could capture it
         self._valid = 0  # steps for which the layout holds
         self._changed = True  # other rows, or rows steered otherwise, since steering and sampling were worked out
         self._unsteered: list[Row] = []  # whose steering begins with the next step
@@ -191,7 +193,7 @@ class Batch:
         assert self._inputs is not None
         width = len(self._inputs.state.tokens)
         if self._graphs is None or not self._graphs.replay(width):
-            decode_step(self.model, self.kv, self._inputs)
+            self.step(self._inputs)
         state, n = self._inputs.state, len(self.rows)
         if self.model.device.type == "cuda":
             tokens, logprobs = (x[:n].to("cpu", non_blocking=True) for x in (state.tokens, state.logprobs))
@@ -206,6 +208,17 @@ class Batch:
             self._invalidate()
         self._unsteered.clear()
 
+    def step(self, inputs: StepInputs) -> None:
+        """One step without a graph: the first of a layout is captured where the ops can do that, the others repeat."""
+        if self._repeat is not None:
+            self._repeat()
+            return
+        step, capture = partial(decode_step, self.model, self.kv, inputs), self.model.ops.capture
+        if capture is not None:
+            self._repeat = capture(step)
+        else:
+            step()
+
     def results(self) -> list[tuple[Row, int, float]]:
         """What the oldest step under way sampled, for the rows that were still going on then."""
         step = self.under_way.popleft()
@@ -216,6 +229,7 @@ class Batch:
 
     def _lay_out(self) -> None:
         """Steering and attention items for the coming steps, as many as can be told now."""
+        self._repeat = None
         n, split = len(self.rows), self.kv.page_size * self.sizes.split_pages
         running = [(seat, row) for seat, row in enumerate(self.rows) if row is not None]
         left = [row.request.positions - row.next_position for _, row in running]

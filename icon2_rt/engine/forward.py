@@ -60,7 +60,7 @@ class Stream:
 
 def embed(model: Model, tokens: Tensor) -> Stream:
     """``tokens [rows]`` int64 → the stream before block 0."""
-    return Stream(model.weights.embedding[tokens], None)
+    return Stream(model.ops.embed(tokens, model.weights.embedding), None)
 
 
 def run_blocks(

@@ -15,6 +15,7 @@ from icon2_rt.ops import native
 from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
 from icon2_rt.ops.attention import AttentionItems, grouped_decode_attention
 from icon2_rt.ops.begin_step import begin_step, rotary
+from icon2_rt.ops.embed import embed
 from icon2_rt.ops.linear import linear
 from icon2_rt.ops.philox import exponential_noise, philox, row_seeds
 from icon2_rt.ops.prefill import Segment, Segments, prefill_attention, prefill_attention_by_library
@@ -31,10 +32,15 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native")
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every op; same names, argument order and layout in all of them."""
+    """One implementation of every op; same names, argument order and layout in all of them.
+
+    ``capture``, where a backend has it, runs a step of its ops and returns what repeats it on the same memory without
+    Python (or None: this one cannot be repeated so).
+    """
 
     backend: Backend = "reference"
     begin_step: Callable = begin_step
+    embed: Callable = embed
     add_steer_rmsnorm: Callable = add_steer_rmsnorm
     rope_append: Callable = rope_append
     grouped_decode_attention: Callable = grouped_decode_attention
@@ -42,6 +48,7 @@ class Ops:
     silu_mul: Callable = silu_mul
     linear: Callable = linear
     sample: Callable = sample
+    capture: Callable[[Callable[[], object]], Callable[[], None] | None] | None = None
 
 
 def available(device: torch.device) -> dict[Backend, str | None]:
@@ -107,12 +114,14 @@ def native_ops() -> Ops:
     return Ops(
         "native",
         begin_step=native.begin_step,
+        embed=native.embed,
         add_steer_rmsnorm=native.add_steer_rmsnorm,
         rope_append=native.rope_append,
         grouped_decode_attention=native.grouped_decode_attention,
         silu_mul=native.silu_mul,
         linear=native.linear,
         sample=native.sample,
+        capture=native.capture,
     )
 
 
@@ -129,6 +138,7 @@ __all__ = [
     "add_steer_rmsnorm",
     "available",
     "begin_step",
+    "embed",
     "exponential_noise",
     "grouped_decode_attention",
     "linear",
