@@ -15,7 +15,7 @@ comma := ,
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INPUTS := pyproject.toml setup.py Makefile $(shell find csrc -type f)
 
-.PHONY: help env demo test test-oldest lint type fmt bench docs
+.PHONY: help env demo test test-oldest lint type fmt wheel bench docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -76,6 +76,11 @@ fmt: $(VENV)/.dev ## mend formatting, and what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(NATIVE)
+
+wheel: $(VENV)/.dev ## a wheel for manylinux with the native extension, into dist (PYTHON=python3.12 VENV=.venv312: for another)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair -w dist build/wheel/*.whl
 
 bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/icon2 bench

@@ -49,7 +49,7 @@ class Bench:
 
     @cached_property
     def ops(self) -> Ops:
-        return select("triton" if self.device.type == "cuda" else "reference", self.device)
+        return select("triton" if self.device.type == "cuda" else "auto", self.device)
 
 
 CPU = Bench(torch.device("cpu"), torch.float32, ("tiny", "random100m"), (2, 16, 64), ((1, 192), (8, 192)), 32, 4)
@@ -230,9 +230,18 @@ def attention(bench: Bench, model: str, pairs: int, prompt: int) -> Case:
 
 def copy(bench: Bench) -> Case:
     """The device copy that every GB/s is read beside: a buffer far larger than the caches, read and written."""
-    if bench.device.type == "cpu":  # numpy's ones: torch's would touch every page twice
-        source = torch.from_numpy(np.ones(ROTATE_BYTES // 4, dtype=np.float32))
-    else:
-        source = torch.empty(2**30, dtype=torch.uint8, device=bench.device).random_()
+    source = _large(bench)
     target = torch.empty_like(source)
     return Case("device_copy", "-", 0, "copy", target.copy_, [(source,)], 2 * source.numel() * source.element_size())
+
+
+def read(bench: Bench) -> Case:
+    """The same buffer read alone, as attention reads KV: its sum."""
+    source = _large(bench).view(torch.float32)
+    return Case("device_read", "-", 0, "read", torch.sum, [(source,)], source.numel() * source.element_size())
+
+
+def _large(bench: Bench) -> Tensor:
+    if bench.device.type == "cpu":  # numpy's ones: torch's would touch every page twice
+        return torch.from_numpy(np.ones(ROTATE_BYTES // 4, dtype=np.float32))
+    return torch.empty(2**30, dtype=torch.uint8, device=bench.device).random_()

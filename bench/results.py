@@ -139,10 +139,11 @@ def _memory(record: dict[str, Any]) -> str:
 
 def _micro(record: dict[str, Any]) -> str:
     copy = next(f for f in record["figures"] if f["op"] == "device_copy")
+    read = next((f for f in record["figures"] if f["op"] == "device_read"), None)
     settings, beside = record["settings"], any("error" in f for f in record["figures"])
     rows = []
     for f in record["figures"]:
-        if f is copy:
+        if f is copy or f is read:
             continue
         micros = f["microseconds"]
         row = [
@@ -160,11 +161,12 @@ def _micro(record: dict[str, Any]) -> str:
         if beside
         else ""
     )
+    alone = f"; a read alone, as attention reads KV: {read['gb_per_second']:.1f} GB/s" if read else ""
     return "\n".join(
         [
             f"One call of each {settings['backend']} op in {settings['dtype']}: median and interquartile range in µs, "
             "and the bytes it has to move at least, per second. The device copy of the same run: "
-            f"{copy['gb_per_second']:.1f} GB/s (read and written). More than 100 % means that a cache held the "
+            f"{copy['gb_per_second']:.1f} GB/s (read and written){alone}. More than 100 % means that a cache held the "
             f"arguments.{error}\n",
             _table(heads, rows),
         ]

@@ -116,6 +116,10 @@ def test_device_copy(benchmark: Any, figures: Figures) -> None:
     measure(benchmark, micro.copy(micro.HERE), figures)
 
 
+def test_device_read(benchmark: Any, figures: Figures) -> None:
+    measure(benchmark, micro.read(micro.HERE), figures)
+
+
 @pytest.mark.parametrize(("pairs", "prompt"), micro.HERE.attention)
 @pytest.mark.parametrize("model", micro.HERE.models)
 def test_attention(benchmark: Any, figures: Figures, model: str, pairs: int, prompt: int) -> None:

@@ -30,39 +30,33 @@ static inline void linear_tile(const T* x, int64_t x_stride, const T* weight, co
     y[r * y_stride + o] = from_float<T>(total[r * O + o] + (bias == nullptr ? 0.0f : to_float(bias[o])));
 }
 
-// All rows times O rows of the weight, which stay in the cache after the first tile.
-template <class T, int O>
+// All rows times O rows of the weight, which stay in the cache after the first tile; R rows at once, or what is left.
+template <class T, int R, int O>
 static inline void linear_rows(const Linear& a, int64_t o) {
   const T* weight = static_cast<const T*>(a.weight) + o * a.in;
   const T* bias = a.bias == nullptr ? nullptr : static_cast<const T*>(a.bias) + o;
-  for (int64_t r = 0; r < a.rows; r += 4) {
-    const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
-    T* y = static_cast<T*>(a.y) + r * a.out + o;
-    switch (a.rows - r) {
-      case 1:
-        linear_tile<T, 1, O>(x, a.x_stride, weight, bias, a.in, y, a.out);
-        break;
-      case 2:
-        linear_tile<T, 2, O>(x, a.x_stride, weight, bias, a.in, y, a.out);
-        break;
-      case 3:
-        linear_tile<T, 3, O>(x, a.x_stride, weight, bias, a.in, y, a.out);
-        break;
-      default:
-        linear_tile<T, 4, O>(x, a.x_stride, weight, bias, a.in, y, a.out);
-    }
+  const auto tile = [&](auto rows, int64_t r) {
+    linear_tile<T, decltype(rows)::value, O>(static_cast<const T*>(a.x) + r * a.x_stride, a.x_stride, weight, bias,
+                                             a.in, static_cast<T*>(a.y) + r * a.out + o, a.out);
+  };
+  int64_t r = 0;
+  for (; r + R <= a.rows; r += R) tile(std::integral_constant<int, R>(), r);
+  if constexpr (R == 4) {
+    if (a.rows - r == 3) tile(std::integral_constant<int, 3>(), r);
+    if (a.rows - r == 2) tile(std::integral_constant<int, 2>(), r);
+    if (a.rows - r == 1) tile(std::integral_constant<int, 1>(), r);
   }
 }
 
-template <class T, int O>
+template <class T, int R, int O>
 static void linear_of(const Linear& a) {
   parallel_for((a.out + O - 1) / O, O * a.in * (a.rows + 1) / 4, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t o = tile * O;
       if (o + O <= a.out) {
-        linear_rows<T, O>(a, o);
+        linear_rows<T, R, O>(a, o);
       } else {
-        for (; o < a.out; ++o) linear_rows<T, 1>(a, o);
+        for (; o < a.out; ++o) linear_rows<T, R, 1>(a, o);
       }
     }
   });
@@ -72,11 +66,11 @@ static void linear_of(const Linear& a) {
 template <class T>
 static void linear_by_rows(const Linear& a) {
   if (a.rows == 1) {
-    linear_of<T, 8>(a);
+    linear_of<T, 1, 8>(a);
   } else if (a.rows == 2) {
-    linear_of<T, 4>(a);
+    linear_of<T, 2, 4>(a);
   } else {
-    linear_of<T, 2>(a);
+    linear_of<T, 4, 2>(a);
   }
 }
 
