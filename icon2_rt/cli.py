@@ -291,7 +291,8 @@ def answers(
     from icon2_rt.atomic import write_atomic
     from icon2_rt.pipeline import answers as answering
     from icon2_rt.pipeline.config import RunConfig
-    from icon2_rt.pipeline.loading import load_runtime
+    from icon2_rt.pipeline.loading import glance, load_runtime
+    from icon2_rt.pipeline.templates import chat_frame
 
     _one_of("--format", form, answering.BENCHMARKS)
     _writable(out, (".json" if form == "alpaca_eval" else ".jsonl",))
@@ -302,6 +303,7 @@ def answers(
         {"model": model, "seed": seed, "runtime": {"device": device, "backend": backend, "dtype": dtype}},
         source="icon2 answers",
     )
+    chat_frame(glance(settings)[1])
     with display.Steps() as watch:
         watch("model", 0, 1)
         rt = load_runtime(settings)
@@ -340,10 +342,10 @@ def show_costs(
     if pairs is not None and pairs < 1:
         raise ValueError(f"--pairs: must be at least 1, not {pairs}")
     results = [finished_run(path) for path in (run, *(baselines or ()))]
+    rows = costs.compare(results[0], results[1:], unit, pairs)  # type: ignore[arg-type]  # checked above
     screen = display.console()
     for result in results:
         screen.print(display.costs_table(result.path.name, result.report["costs"], costs.clock(result.path)))
-    rows = costs.compare(results[0], results[1:], unit, pairs)  # type: ignore[arg-type]  # checked above
     screen.print(display.savings_table(rows, unit, costs.ratio(results[0])))
 
 
@@ -440,5 +442,6 @@ def main() -> None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        said = error.strerror
+        return said if str(error.filename) in said else f"{error.filename}: {said}"
     return str(error)

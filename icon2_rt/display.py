@@ -87,8 +87,10 @@ def heading(text: str) -> Text:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> RenderableType:
     """A titled table: the first column left, figures right, a sentence under it."""
     body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    rows = list(rows)
+    widest = min(20, max((len(str(row[0])) for row in rows), default=0))  # names are whole before figures are
     for i, column in enumerate(columns):
-        body.add_column(column, justify="left" if i == 0 else "right")
+        body.add_column(column, justify="left" if i == 0 else "right", min_width=None if i else widest)
     for row in rows:
         body.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
     parts: list[RenderableType] = [heading(title), Padding(body, (0, 0, 0, 2))]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -122,6 +123,7 @@ class Runtime:
         for architecture in config.architectures or [type(config).__name__]:
             models.find_family(architecture)  # before gigabytes are read, as all that follows
         EngineOptions(**{k: v for k, v in own.items() if k != "keep_model"})
+        select(backend, _device(device))
         if tokenizer is None:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path, **shared)
@@ -130,7 +132,12 @@ class Runtime:
                     f"no tokenizer could be loaded from {str(path)!r}: pass tokenizer=..., or load the model with "
                     f"transformers and use Runtime(model), whose prompts are token ids. ({error})"
                 ) from error
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"a file of weights of {str(path)!r} is damaged or was not copied whole ({error}): get it again"
+            ) from error
         return cls(model, tokenizer, device=device, backend=backend, **own)
 
     # ---------------------------------------------------------------- facts

@@ -95,7 +95,7 @@ def test_bad_input_ends_with_2(icon2: Icon2, tmp_path: Path) -> None:
     _refused(icon2("run", tmp_path / "none.toml"), "none.toml", "No such file")
     _refused(icon2("run", broken), "not valid TOML")
     _refused(icon2("run", typo), "2 problems", "did you mean 'seed'", "pairs.positive")
-    _refused(icon2("run", tmp_path), "directory")
+    _refused(icon2("run", tmp_path), "is a folder", "TOML")
     _refused(icon2("instructions", "m", "-n", "0", "--out", tmp_path / "a.jsonl"), "instructions.draws", "at least 1")
     _refused(icon2("instructions", "m", "-n", "many", "--out", tmp_path / "a.jsonl"), "integer")
     _refused(icon2("instructions", "m", "--out", tmp_path / "a.csv"), ".jsonl")

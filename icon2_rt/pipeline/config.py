@@ -321,6 +321,8 @@ PAPER_TRAINING: Mapping[str, Any] = {
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file; raises ValueError with the file's name and the line, or OSError."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; what is needed is a TOML file (examples/ has some)")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except tomllib.TOMLDecodeError as error:

@@ -139,7 +139,10 @@ def judge(
 
 def _attributed(scale: Attribution, texts: Sequence[str], projected: Tensor, names: Sequence[str]) -> Tensor:
     """The scores of the user's function, ``[n, m]`` fp64."""
-    given = scale(list(texts), projected, list(names))
+    try:
+        given = scale(list(texts), projected, list(names))
+    except Exception as error:  # it is the user's code, and may raise anything
+        raise ValueError(f"filter.scale: the function raised {type(error).__name__}: {error}") from error
     try:
         scores = torch.as_tensor(given, dtype=torch.double, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -208,6 +208,8 @@ def bill(
         raise ValueError(f"{result.path} has no costs to compare: no pair came of it")
     pairs, counts = costs["pairs"], result.report["counts"]["instructions"]
     clocked = clock(result.path)
+    if unit == "seconds" and not clocked:
+        raise ValueError(f"{result.path / 'log.jsonl'} is gone or empty: it has the seconds; compare flops or tokens")
 
     def of(step: str) -> float:
         if unit == "seconds":

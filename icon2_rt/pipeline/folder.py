@@ -145,8 +145,11 @@ class RunFolder:
         """Every artifact that has a record, by name."""
         found = []
         for path in sorted(self._file("steps").glob("[!.]*.json")):
-            record = json.loads(path.read_bytes())
-            found.append(Artifact(path.stem, record["files"], record["inputs"], record["facts"]))
+            try:
+                record = json.loads(path.read_bytes())
+                found.append(Artifact(path.stem, record["files"], record["inputs"], record["facts"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is no record of finished work, or damaged: delete it") from error
         return found
 
     def read(self, path: str) -> bytes:

@@ -28,14 +28,14 @@ def load_judge(name: str, label: str | None, device: str | torch.device, setting
 
     Raises:
         ValueError: as :meth:`RewardModel.load`, :func:`~icon2_rt.pipeline.functions.load_function` and
-            :func:`verdicts`; ``setting`` names the config key. OSError: not found.
+            :func:`verdicts`, or not found; ``setting`` names the config key.
     """
     try:
         judge = load_function(name, setting) if is_function(name) else RewardModel.load(name, label, device)
         verdicts(judge, *_PROBE)
         if isinstance(judge, RewardModel):
             judge.tokens = 0  # the account begins with the work
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(setting) else f"{setting}: {text}") from error
     return judge

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.criteria import Criterion
-from icon2_rt.pipeline.templates import ChatFrame
+from icon2_rt.pipeline.templates import ChatFrame, chat_frame, chat_length
+from icon2_rt.steering import DirectionSet
 
 if TYPE_CHECKING:
     from icon2_rt import Runtime
@@ -22,6 +24,66 @@ def model_path(name: str) -> str:
 
         return str(tiny.path())
     return name
+
+
+def glance(config: RunConfig) -> tuple[Any, Any]:
+    """The checkpoint's config and tokenizer, before its weights are read.
+
+    Raises:
+        ValueError: there is no such model, or it has no tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path, revision = model_path(config.model), {"revision": config.runtime.revision or "main"}
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ValueError(f"model: there is no folder {Path(path).absolute()}; give a checkpoint's folder, or a hub id")
+    try:
+        checkpoint = AutoConfig.from_pretrained(path, **revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {config.model!r} cannot be loaded: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: no tokenizer could be loaded from {config.model!r}; its folder needs the files of one, "
+            f"tokenizer.json and tokenizer_config.json ({str(error).splitlines()[0]})"
+        ) from error
+    return checkpoint, tokenizer
+
+
+def look(config: RunConfig) -> None:
+    """Refuse what the checkpoint's config and tokenizer alone show not to work in a run.
+
+    Raises:
+        ValueError: as :func:`glance`; no chat template; blocks, directions or token limits that are not this model's.
+    """
+    checkpoint, tokenizer = glance(config)
+    frame = chat_frame(tokenizer)
+    if not all(hasattr(checkpoint, name) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings")):
+        return  # no decoder that runs here; the runtime says which do
+    bands = controlled_bands(config, checkpoint.num_hidden_layers)
+    if config.directions.file is not None:
+        made = DirectionSet.load(config.directions.file)
+        check_directions(made, checkpoint.num_hidden_layers, checkpoint.hidden_size, bands)
+    shortest = chat_length(tokenizer, frame.messages("a"))
+    check_limits(config, checkpoint.max_position_embeddings, len(frame.pre_query), shortest)
+
+
+def check_directions(made: DirectionSet, n_layers: int, hidden_size: int, bands: Mapping[str, Sequence[int]]) -> None:
+    """Can a model of this size be steered by the directions of ``directions.file``, in these blocks?
+
+    Raises:
+        ValueError: it cannot.
+    """
+    for d in made:
+        if (d.n_layers, d.hidden_size) != (n_layers, hidden_size):
+            raise ValueError(
+                f"directions.file: {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, the model has "
+                f"{n_layers} of size {hidden_size}: it was made on another model"
+            )
+        for layers in bands.values():
+            if not set(layers) & set(d.layers):
+                raise ValueError(f"pairs.layers: direction {d.name!r} has no vector on blocks {list(layers)}")
 
 
 def load_runtime(config: RunConfig, as_on: Mapping[str, Any] | None = None) -> Runtime:
@@ -65,11 +127,20 @@ def instruction_room(rt: Runtime, frame: ChatFrame, config: RunConfig) -> int:
     """How many tokens the chat of an instruction may have, so that a whole response fits behind it.
 
     Raises:
-        ValueError: a token limit that the model's positions cannot hold.
+        ValueError: as :func:`check_limits`.
     """
-    positions, shortest = rt.spec.max_length, len(rt.encode(frame.messages("a")))
+    check_limits(config, rt.spec.max_length, len(frame.pre_query), len(rt.encode(frame.messages("a"))))
+    return rt.spec.max_length - config.pairs.max_new_tokens
+
+
+def check_limits(config: RunConfig, positions: int, pre_query: int, shortest: int) -> None:
+    """Do a model's positions hold the pre-query with a whole instruction, and the shortest chat with a whole response?
+
+    Raises:
+        ValueError: they do not.
+    """
     for key, limit, before in (
-        ("instructions.max_new_tokens", config.instructions.max_new_tokens, len(frame.pre_query)),
+        ("instructions.max_new_tokens", config.instructions.max_new_tokens, pre_query),
         ("pairs.max_new_tokens", config.pairs.max_new_tokens, shortest),
     ):
         if before + limit > positions:
@@ -77,7 +148,6 @@ def instruction_room(rt: Runtime, frame: ChatFrame, config: RunConfig) -> int:
                 f"{key}: {limit} tokens do not fit: the model has {positions} positions, and its chat template alone "
                 f"takes {before}; at most {positions - before}"
             )
-    return positions - config.pairs.max_new_tokens
 
 
 def system_tokens(rt: Runtime, frame: ChatFrame, criteria: Mapping[str, Criterion]) -> int:

@@ -6,6 +6,10 @@ behind it are opened, as far as that costs nothing.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from icon2_rt.pipeline.config import SCALES, RunConfig, incomplete_strengths
 from icon2_rt.pipeline.functions import is_function, load_function
 from icon2_rt.pipeline.instructions import read_instructions, without_duplicates
@@ -23,11 +27,21 @@ def preflight(config: RunConfig) -> None:
     _features(config)
     _given_criteria(config, names)
     if config.filter.scale not in SCALES:
-        load_function(config.filter.scale, "filter.scale")
+        _takes(load_function(config.filter.scale, "filter.scale"), ("instructions", "projections", "names"))
     if config.calibrates and config.calibration is not None:
         _judge(config.calibration.judge, config.calibration.label, "calibration.judge")
     if config.baseline is not None:
         _judge(config.baseline.judge, config.baseline.label, "baseline.judge")
+
+
+def _takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    """A function that cannot be called at all is found before its turn comes; what it returns is not known before."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"filter.scale: the function is called with ({', '.join(arguments)}): {error}") from None
+    except ValueError:
+        pass  # built in, without a signature
 
 
 def _names(config: RunConfig) -> list[str]:
@@ -81,5 +95,5 @@ def _judge(judge: str | None, label: str | None, setting: str) -> None:
         return
     try:
         check_reward_model(judge, label)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{setting}: {error}") from error

@@ -19,7 +19,7 @@ from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
 from icon2_rt.pipeline.ladder_plot import ladder_svg
-from icon2_rt.pipeline.loading import end_tokens, instruction_room, load_runtime
+from icon2_rt.pipeline.loading import end_tokens, instruction_room, load_runtime, look
 from icon2_rt.pipeline.preflight import preflight
 from icon2_rt.pipeline.report import card, compose
 from icon2_rt.pipeline.stages import Job, Watch, silent
@@ -43,7 +43,10 @@ class RunResult:
     def records(self) -> Iterator[dict[str, Any]]:
         """The pairs, in order, shard by shard."""
         for path in sorted((self.path / "data").glob("*.parquet")):
-            yield from dataset.from_parquet(path.read_bytes())
+            try:
+                yield from dataset.from_parquet(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged; `icon2 run` with the same config makes it again") from error
 
 
 def finished_run(folder: str | Path) -> RunResult:
@@ -55,10 +58,20 @@ def finished_run(folder: str | Path) -> RunResult:
     path = Path(folder)
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a run's folder: there is no manifest.json in it")
-    about = json.loads((path / "manifest.json").read_bytes())
+    about = _table_in(path / "manifest.json")
     if not about.get("finished"):
         raise ValueError(f"the run in {path} is not finished; the command that began it continues it")
-    return RunResult(path, json.loads((path / "report.json").read_bytes()), about, {})
+    return RunResult(path, _table_in(path / "report.json"), about, {})
+
+
+def _table_in(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged; `icon2 run` with the same config makes it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not of a run: it holds no JSON object")
+    return found
 
 
 def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtime | None = None) -> RunResult:
@@ -137,6 +150,7 @@ class _Work:
         preflight(config)
         folder.log("resumed" if before else "started")
         if rt is None:
+            look(config)
             watch("model", 0, 1)
             as_on = before["identity"].get("machine") if before else None
             rt = self.timed("model", lambda: load_runtime(config, as_on))

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.instructions import read_instructions, synthesise, without_duplicates
-from icon2_rt.pipeline.loading import end_tokens, load_runtime, system_tokens
+from icon2_rt.pipeline.loading import end_tokens, glance, load_runtime, system_tokens
+from icon2_rt.pipeline.preflight import preflight
 from icon2_rt.pipeline.stages import Watch, silent, to_lines
 from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.steering import DirectionSet
@@ -16,7 +17,9 @@ from icon2_rt.steering import DirectionSet
 def directions(config: RunConfig, watch: Watch = silent) -> DirectionSet:
     """Step 1: directions for the config's criteria, from the config's feature instructions or the model's own."""
     criteria, section = config.resolved_criteria(), config.directions
+    preflight(config)
     given = read_instructions(section.features_file) if section.features_file is not None else None
+    chat_frame(glance(config)[1])
     watch("model", 0, 1)
     rt = load_runtime(config)
     watch("model", 1, 1)
@@ -36,6 +39,7 @@ def directions(config: RunConfig, watch: Watch = silent) -> DirectionSet:
 def instructions(config: RunConfig, watch: Watch = silent) -> tuple[bytes, Mapping[str, int]]:
     """Step 2a: the model's own instructions as JSON lines, and the counts of what hygiene dropped."""
     section = config.instructions
+    chat_frame(glance(config)[1])
     watch("model", 0, 1)
     rt = load_runtime(config)
     watch("model", 1, 1)

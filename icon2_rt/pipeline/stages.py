@@ -24,7 +24,7 @@ from icon2_rt.pipeline.folder import Artifact, RunFolder
 from icon2_rt.pipeline.functions import load_function
 from icon2_rt.pipeline.instructions import REASONS, Instruction, read_instructions, synthesise, without_duplicates
 from icon2_rt.pipeline.judges import Judge, load_judge
-from icon2_rt.pipeline.loading import system_tokens
+from icon2_rt.pipeline.loading import check_directions, system_tokens
 from icon2_rt.pipeline.pairs import Kept, Strengths, decode, residual_profile
 from icon2_rt.pipeline.templates import ChatFrame, chat_length
 from icon2_rt.steering import DirectionSet
@@ -123,7 +123,7 @@ def directions(
     if artifact is None:
         if job.config.directions.file is not None:
             made = DirectionSet.load(job.config.directions.file)
-            _check_directions(job, made)
+            check_directions(made, job.rt.spec.n_layers, job.rt.spec.hidden_size, job.bands)
         else:
             criteria = job.config.resolved_criteria()
             job.rt.usage.begin("directions")
@@ -139,19 +139,6 @@ def directions(
         artifact = job.write(name, {path: _direction_bytes(made)}, inputs=inputs)
     job.watch("directions", 1, 1)
     return artifact, DirectionSet.load(job.folder.path / path)
-
-
-def _check_directions(job: Job, made: DirectionSet) -> None:
-    spec = job.rt.spec
-    for d in made:
-        if (d.n_layers, d.hidden_size) != (spec.n_layers, spec.hidden_size):
-            raise ValueError(
-                f"directions.file: {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, the model has "
-                f"{spec.n_layers} of size {spec.hidden_size}: it was made on another model"
-            )
-        for layers in job.bands.values():
-            if not set(layers) & set(d.layers):
-                raise ValueError(f"pairs.layers: direction {d.name!r} has no vector on blocks {list(layers)}")
 
 
 def instructions(
