@@ -20,6 +20,13 @@
 #endif
 
 namespace icon2 {
+
+// In csrc/cuda; there where the build had nvcc.
+#ifdef __GNUC__
+__attribute__((weak))
+#endif
+void bind_cuda(py::module_& m);
+
 namespace {
 
 const Kernels* kernels = nullptr;
@@ -492,4 +499,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("silu_mul", &py_silu_mul);
   m.def("linear", &py_linear);
   m.def("sample", &py_sample);
+#ifdef __GNUC__
+  if (bind_cuda != nullptr) bind_cuda(m);
+#endif
 }

@@ -33,14 +33,15 @@ class Tensor {
  public:
   Tensor() = default;  // none
 
-  Tensor(const char* name, py::handle object, Kind kind) : name_(name) {
+  Tensor(const char* name, py::handle object, Kind kind, int32_t device_type = kDLCPU) : name_(name) {
     if (exchange == nullptr) throw py::import_error("icon2_rt._native is used through icon2_rt.ops.native");
     if (exchange->view(object.ptr(), &view_) != 0) {
       PyErr_Clear();
       throw py::type_error(name_ + " must be a torch.Tensor with memory, not " +
                            std::string(py::str(py::type::handle_of(object).attr("__name__"))));
     }
-    if (view_.device_type != kDLCPU) throw py::value_error(name_ + " must be on the CPU");
+    if (view_.device_type != device_type)
+      throw py::value_error(name_ + (device_type == kDLCPU ? " must be on the CPU" : " must be on a CUDA device"));
     if (!is(kind)) throw py::type_error(name_ + " must be " + wanted(kind) + ", not " + dtype_name());
     if (size() > 0 && data() == nullptr) throw py::value_error(name_ + " has no memory");
     if (kept != nullptr) kept->push_back(py::reinterpret_borrow<py::object>(object));
@@ -50,6 +51,7 @@ class Tensor {
   int64_t dim(int i) const { return view_.shape[i]; }
   int64_t stride(int i) const { return view_.strides[i]; }
   int ndim() const { return view_.ndim; }
+  int device() const { return view_.device_id; }
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   template <class T>
   T* as() const {

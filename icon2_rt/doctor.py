@@ -52,6 +52,7 @@ _OPTIONAL = {
 # Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
 NEVER_RUN_ON_HARDWARE = {
     "cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested",
+    "native (CUDA)": "linear and sample in CUDA C++: right on an emulator, and compiled for sm_80, sm_90a and sm_100",
     "triton": "kernels and graphs: right under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100",
     **{path.name: "prefill attention; how it is called is tested" for path in prefill.PATHS if not path.measured_on},
 }
@@ -76,11 +77,21 @@ def _versions() -> list[Finding]:
             found.append(Finding("versions", name, version, "note", f"tested with {low} to below {high}"))
         else:
             found.append(Finding("versions", name, version))
+    found.append(_extension())
     for name, use in _OPTIONAL.items():
         version = _installed(name)
         what = use if version is None else use.split(":")[0]
         found.append(Finding("versions", name, version or "not installed", "ok" if version else "note", what))
     return found
+
+
+def _extension() -> Finding:
+    """Which of the three builds this is: pure Python, with C++ for CPUs, or with CUDA C++ too."""
+    if ops.native.extension is None:
+        return Finding("versions", "extension", "none: pure Python", "note", str(ops.native.why_not))
+    build = str(ops.native.extension.build)
+    why = "C++ for CPUs and CUDA C++" if build != "cpu" else "C++ for CPUs; no nvcc was found when it was built"
+    return Finding("versions", "extension", build, advice=why)
 
 
 def _devices() -> list[Finding]:
@@ -106,7 +117,7 @@ def _backends() -> list[Finding]:
 _BACKENDS = {
     "reference": "plain PyTorch: the definition of every operation, runs everywhere",
     "triton": "Triton kernels and CUDA graphs, for CUDA devices",
-    "native": f"C++ for CPUs, compiled at installation: {ops.native.describe()}",
+    "native": f"C++, compiled at installation: {ops.native.describe()}",
 }
 
 

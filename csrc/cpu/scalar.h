@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "shared/host_device.h"
+
 namespace icon2 {
 
 enum class DType { f32, bf16, f16 };
@@ -15,23 +17,23 @@ struct f16 {
   uint16_t bits;
 };
 
-static inline uint32_t bits_of(float x) {
+ICON2_HD uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
   return u;
 }
 
-static inline float float_of(uint32_t u) {
+ICON2_HD float float_of(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);
   return x;
 }
 
-static inline float to_float(float x) { return x; }
+ICON2_HD float to_float(float x) { return x; }
 
-static inline float to_float(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+ICON2_HD float to_float(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-static inline float to_float(f16 x) {
+ICON2_HD float to_float(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
   if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | (rest & 0x3FFu) << 13);  // infinity, NaN
   if (rest >= 0x0400u) return float_of(sign | ((rest << 13) + (112u << 23)));
@@ -40,22 +42,22 @@ static inline float to_float(f16 x) {
 }
 
 template <class T>
-static inline T from_float(float x);
+ICON2_HD T from_float(float x);
 
 template <>
-inline float from_float<float>(float x) {
+ICON2_HD float from_float<float>(float x) {
   return x;
 }
 
 template <>
-inline bf16 from_float<bf16>(float x) {
+ICON2_HD bf16 from_float<bf16>(float x) {
   const uint32_t u = bits_of(x);
   if ((u & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>(u >> 16 | 0x40u)};
   return {static_cast<uint16_t>((u + 0x7FFFu + (u >> 16 & 1u)) >> 16)};
 }
 
 template <>
-inline f16 from_float<f16>(float x) {
+ICON2_HD f16 from_float<f16>(float x) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u, rest = u & 0x7FFFFFFFu;
   if (rest > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
   if (rest >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // 65520 and more: infinity

@@ -35,14 +35,23 @@ ICON2_HD uint64_t fixed_mass(float weight) {
   return weight > 0.0f ? static_cast<uint64_t>(weight * 1099511627776.0f) : 0;
 }
 
+// How many passes decide the key of an fp32 score that was converted from a type with so many bits below its sign that
+// may differ, and what the key is once they have: the bits that are left are all zero in the score.
+ICON2_HD int passes_for(int significant_bits) { return (significant_bits + 7) / 8; }
+
+ICON2_HD uint32_t completed(uint32_t prefix, int passes) {
+  const uint32_t open = passes < kPasses ? 0xFFFFFFFFu >> (8 * passes) : 0;
+  return prefix & 0x80000000u ? prefix : prefix | open;
+}
+
 struct Pick {
   int bin;
   uint64_t rest;  // what is left to find inside the bin
 };
 
-// top_k: from the largest down, the bin that holds the rest-th entry (rest ≥ 1).
-ICON2_HD Pick pick_from_top(const uint64_t* bins, uint64_t rest) {
-  for (int bin = kBins - 1; bin > 0; --bin) {
+// top_k: from the largest down, the bin of `n` that holds the rest-th entry (rest ≥ 1).
+ICON2_HD Pick pick_from_top(const uint64_t* bins, uint64_t rest, int n = kBins) {
+  for (int bin = n - 1; bin > 0; --bin) {
     if (bins[bin] >= rest) return {bin, rest};
     rest -= bins[bin];
   }
@@ -51,10 +60,10 @@ ICON2_HD Pick pick_from_top(const uint64_t* bins, uint64_t rest) {
 
 // top_p: from the smallest up, the first bin at which the mass so far exceeds `rest`. Where none does (p = 0), the
 // highest that is not empty.
-ICON2_HD Pick pick_from_bottom(const uint64_t* bins, uint64_t rest) {
+ICON2_HD Pick pick_from_bottom(const uint64_t* bins, uint64_t rest, int n = kBins) {
   int last = 0;
   uint64_t before_last = rest;
-  for (int bin = 0; bin < kBins; ++bin) {
+  for (int bin = 0; bin < n; ++bin) {
     if (bins[bin] == 0) continue;
     if (bins[bin] > rest) return {bin, rest};
     last = bin;

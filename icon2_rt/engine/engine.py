@@ -81,7 +81,8 @@ class Engine:
         spec = model.spec
         self.model, self.options = model, options
         heads = spec.n_heads // spec.n_kv_heads
-        if model.ops.backend == "triton" and heads > ITEM_QUERIES:
+        kernels = model.ops.backend == "triton" or (model.ops.backend == "native" and model.device.type == "cuda")
+        if kernels and heads > ITEM_QUERIES:
             raise ValueError(
                 f"this model has {heads} query heads for each KV head; the Triton kernels' tile holds {ITEM_QUERIES}. "
                 f"Use backend='reference'"
@@ -94,8 +95,8 @@ class Engine:
             )
         self._prefixes: set[PinnedPrefix] = set()
         self._batches: list[Batch] = []
-        fixed, cuda = model.ops.backend == "triton", model.device.type == "cuda"
-        self._manner = Manner(fixed, _BEHIND if fixed and cuda else 0, fixed and cuda and options.cuda_graphs)
+        cuda = model.device.type == "cuda"
+        self._manner = Manner(kernels, _BEHIND if kernels and cuda else 0, kernels and cuda and options.cuda_graphs)
 
     # ---------------------------------------------------------------- decoding
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from icon2_rt.ops import native
+from icon2_rt.ops import native, native_cuda
 from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
 from icon2_rt.ops.attention import AttentionItems, grouped_decode_attention
 from icon2_rt.ops.begin_step import begin_step, rotary
@@ -56,7 +56,7 @@ def available(device: torch.device) -> dict[Backend, str | None]:
     return {
         "reference": None,
         "triton": _why_no_triton(device),
-        "native": native.why_not if device.type == "cpu" else "it has kernels for CPUs only",
+        "native": native.why_not if device.type == "cpu" else _why_no_native_cuda(device),
     }
 
 
@@ -68,6 +68,12 @@ def _why_no_triton(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CUDA:
         return f"Triton kernels need compute capability {'.'.join(map(str, OLDEST_CUDA))} or newer"
     return None
+
+
+def _why_no_native_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it has kernels for CPUs and CUDA devices, not for {device.type!r}"
+    return _why_no_triton(device) or native_cuda.why_not(device)
 
 
 def select(backend: str, device: torch.device) -> Ops:
@@ -85,7 +91,8 @@ def select(backend: str, device: torch.device) -> Ops:
     why_not = available(device)[backend]
     if why_not is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}. Use backend='auto' or 'reference'.")
-    return {"reference": Ops, "triton": triton_ops, "native": native_ops}[backend]()
+    native_here = native_ops if device.type == "cpu" else native_cuda_ops
+    return {"reference": Ops, "triton": triton_ops, "native": native_here}[backend]()
 
 
 def triton_ops() -> Ops:
@@ -123,6 +130,11 @@ def native_ops() -> Ops:
         sample=native.sample,
         capture=native.capture,
     )
+
+
+def native_cuda_ops() -> Ops:
+    """The Triton kernels, with the CUDA C++ ones in their place where there are any: ``linear`` and ``sample``."""
+    return replace(triton_ops(), backend="native", linear=native_cuda.linear, sample=native_cuda.sample)
 
 
 __all__ = [

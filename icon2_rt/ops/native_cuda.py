@@ -1,0 +1,95 @@
+"""The ops in CUDA C++ (csrc/cuda): same names, argument order and layout as the references beside this file.
+
+As in :mod:`icon2_rt.ops.native`, what is here finds memory and the stream; the extension checks the tensors before it
+uses a pointer. A call enqueues and returns, and can be captured in a CUDA graph. Built, and tested on an emulator;
+never run on hardware, so it has to be asked for (``backend="native"`` on a CUDA device).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icon2_rt.ops.native import extension
+from icon2_rt.ops.native import why_not as why_no_extension
+from icon2_rt.ops.sample import RowSampling
+from icon2_rt.ops.state import RowState
+
+# Up to so many rows a weight is read by our own kernel; above, a matrix product by torch.
+FEW_ROWS = 16
+
+# What the blocks of a product leave for the last of them, zero at first and left so: by device and stream, and one a
+# device (stream None) for all graphs, made before any is captured. Two graphs of a device do not run at the same time.
+_scratch: dict[tuple[int, int | None], Tensor] = {}
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where the CUDA kernels can run on ``device``, else the reason."""
+    if why_no_extension is not None:
+        return why_no_extension
+    if not hasattr(extension, "cuda_linear"):
+        return "the extension was built without nvcc, for CPUs only"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    error = extension.cuda_why_not(index)
+    return None if error is None else f"{error} (the extension is {extension.build})"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`icon2_rt.ops.linear`: by our own kernel up to 16 rows of bf16 or fp16, by torch else."""
+    n_in = x.shape[1]
+    if x.shape[0] > FEW_ROWS or x.dtype == torch.float32 or n_in % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return F.linear(x, weight, bias)
+    return skinny_linear(x, weight, bias)
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """``x Wᵀ (+ bias) (+ residual)``, summed in fp32 and rounded once. A row's bytes do not depend on the other rows.
+
+    Args:
+        x: ``[rows, in]``, 1 to 16 rows, bf16 or fp16; ``in`` is a multiple of 8, rows begin at multiples of 16 bytes.
+        weight: ``[out, in]``. bias: ``[out]``. residual: ``[rows, out]``. All of x's dtype and on its CUDA device.
+
+    Raises:
+        TypeError, ValueError: what is not so, by the argument's name. RuntimeError: CUDA refuses the launch, or it is
+            captured in a graph without having run before.
+    """
+    rows, n_out = x.shape[0], weight.shape[0]
+    out = torch.empty((rows, n_out), dtype=x.dtype, device=x.device)
+    stream = _stream(x.device)
+    extension.cuda_linear(x, weight, bias, residual, out, _linear_scratch(x.device, stream), stream)
+    return out
+
+
+def sample(logits: Tensor, how: RowSampling, state: RowState) -> None:
+    """:func:`icon2_rt.ops.sample`. The vocabulary has at most 2**20 entries."""
+    rows, vocab = logits.shape
+    n_bytes = extension.cuda_sample_scratch(rows, vocab)
+    scratch = torch.empty((n_bytes + 7) // 8, dtype=torch.int64, device=logits.device)
+    extension.cuda_sample(
+        logits, how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty,
+        how.seen, how.eos, how.min_tokens, how.budget, state.tokens, state.positions, state.generated, state.running,
+        state.logprobs, scratch, _stream(logits.device),
+    )  # fmt: skip
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream as CUDA knows it; on another device there is none, and the extension says what is wrong."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _linear_scratch(device: torch.device, stream: int) -> Tensor:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    index = device.index or 0
+    for key in ((index, None), (index, stream)):
+        if key not in _scratch:
+            if capturing:
+                raise RuntimeError("skinny_linear must have run once before it is captured in a CUDA graph")
+            n = extension.cuda_linear_scratch // 8
+            _scratch[key] = torch.zeros(n, dtype=torch.int64, device=device)
+        if capturing:
+            break
+    return _scratch[key]
+
+
+__all__ = ["linear", "sample", "skinny_linear", "why_not"]
