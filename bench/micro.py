@@ -8,7 +8,7 @@ are small and are found in the cache there too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
 from typing import Any
@@ -21,7 +21,7 @@ from bench.seats import attention_items
 from bench.shapes import SHAPES
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.models import DecoderSpec
-from icon2_rt.ops import Ops, RowSampling, RowState, rotary, select
+from icon2_rt.ops import Ops, RowSampling, RowState, available, native_cuda, rotary, select
 from icon2_rt.steering import Direction, compile_steering
 
 # As many sets of arguments as make this many bytes (far more than a cache has), but no more than so many sets.
@@ -50,6 +50,12 @@ class Bench:
     @cached_property
     def ops(self) -> Ops:
         return select("triton" if self.device.type == "cuda" else "auto", self.device)
+
+    @cached_property
+    def native(self) -> Ops | None:
+        """CUDA C++ beside them, in the same run; None where it is not built."""
+        here = self.device.type == "cuda" and available(self.device)["native"] is None
+        return select("native", self.device) if here else None
 
 
 CPU = Bench(torch.device("cpu"), torch.float32, ("tiny", "random100m"), (2, 16, 64), ((1, 192), (8, 192)), 32, 4)
@@ -167,7 +173,7 @@ def linear(name: str) -> Callable[[Subject], Case]:
     return build
 
 
-def sample(s: Subject, how: dict[str, Any], name: str) -> Case:
+def sample(s: Subject, how: dict[str, Any], name: str, spread: float = 1.0) -> Case:
     device, vocab, rows = s.bench.device, s.spec.vocab_size, s.rows
     settings = dict.fromkeys(
         ("sampled", "seeds", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seen", "min_tokens")
@@ -184,7 +190,7 @@ def sample(s: Subject, how: dict[str, Any], name: str) -> Case:
             tokens=per_row(torch.int64), positions=per_row(torch.int32), generated=per_row(torch.int32),
             running=torch.ones(rows, dtype=torch.bool, device=device), logprobs=per_row(torch.float32),
         )  # fmt: skip
-        return s.rand(rows, vocab), sampling, state
+        return spread * s.rand(rows, vocab), sampling, state
 
     return s.case(name, "sample", make, rows * vocab * s.bench.dtype.itemsize)
 
@@ -193,15 +199,40 @@ def sample_greedy(s: Subject) -> Case:
     return sample(s, {}, "sample_greedy")
 
 
-def sample_top_p(s: Subject) -> Case:
+def drawing(s: Subject, **more: Any) -> dict[str, Any]:
     device, rows = s.bench.device, s.rows
-    how = {
+    return {
         "sampled": torch.ones(rows, dtype=torch.bool, device=device),
         "seeds": torch.arange(2 * rows, device=device).view(rows, 2),
         "temperature": torch.full((rows,), 0.8, device=device),
-        "top_p": torch.full((rows,), 0.95, device=device),
+        **more,
     }
-    return sample(s, how, "sample_top_p")
+
+
+def sample_draw(s: Subject) -> Case:
+    return sample(s, drawing(s), "sample_draw")
+
+
+def sample_top_p(s: Subject) -> Case:
+    """Over random logits, which are flat: three quarters of the vocabulary are kept."""
+    return sample(s, drawing(s, top_p=torch.full((s.rows,), 0.95, device=s.bench.device)), "sample_top_p")
+
+
+def sample_top_p_peaked(s: Subject) -> Case:
+    """As a model is: some dozens of tokens are kept."""
+    how = drawing(s, top_p=torch.full((s.rows,), 0.95, device=s.bench.device))
+    return sample(s, how, "sample_top_p_peaked", spread=6.0)
+
+
+def native(build: Callable[[Subject], Case]) -> Callable[[Subject], Case]:
+    """The same case by the CUDA C++ op, to stand beside Triton's or torch's."""
+
+    def build_native(s: Subject) -> Case:
+        assert s.bench.native is not None
+        case = build(s)
+        return replace(case, name=f"native_{case.name}", function=getattr(s.bench.native, case.op))
+
+    return build_native
 
 
 CASES: dict[str, Callable[[Subject], Case]] = {
@@ -211,8 +242,16 @@ CASES: dict[str, Callable[[Subject], Case]] = {
     "rope_append": rope_append,
     **{f"linear_{name}": linear(name) for name in ("qkv", "gate_up", "down", "lm_head")},
     "sample_greedy": sample_greedy,
+    "sample_draw": sample_draw,
     "sample_top_p": sample_top_p,
+    "sample_top_p_peaked": sample_top_p_peaked,
 }
+NATIVE_CASES = {
+    f"native_{name}": native(build) for name, build in CASES.items() if name.startswith(("linear", "sample"))
+}
+if HERE.native is not None:
+    CASES |= NATIVE_CASES
+MOST_ROWS = {name: native_cuda.FEW_ROWS for name in NATIVE_CASES if name.startswith("native_linear")}
 
 
 def attention(bench: Bench, model: str, pairs: int, prompt: int) -> Case:

@@ -23,6 +23,7 @@ from icon2_rt import kernels
 
 FOUND = 9  # exit code of a checker that found something
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+CUDA_KERNELS = ("scan_kernel", "choose_kernel", "linear_kernel")  # of csrc/cuda
 RUN = (sys.executable, "-m", "bench.short_run")
 
 
@@ -48,6 +49,10 @@ CHECKS = (
     Check("racecheck, ungraphed", "racecheck", ("--ungraphed",)),
     Check("memcheck, under graphs", "memcheck", ()),
     Check("racecheck, under graphs", "racecheck", ()),
+    Check(
+        "memcheck, CUDA C++, ungraphed, every tensor by itself", "memcheck", ("--native", "--ungraphed"), 0, _NO_CACHE
+    ),
+    Check("racecheck, CUDA C++, under graphs", "racecheck", ("--native",)),
 )
 
 
@@ -82,7 +87,11 @@ def run(check: Check, checker: str, seconds: float) -> int | str:
         return "not reached: out of time"
     command = [*RUN, *check.arguments]
     if check.tool is not None:
-        watched = [part for name in (*kernel_names(), "planted_error") for part in ("--kernel-name", f"kns={name}")]
+        watched = [
+            part
+            for name in (*kernel_names(), *CUDA_KERNELS, "planted_error")
+            for part in ("--kernel-name", f"kns={name}")
+        ]
         options = ["--target-processes", "application-only", "--error-exitcode", str(FOUND), "--print-limit", "20"]
         command = [checker, "--tool", check.tool, *options, *watched, *command]
     environment = os.environ | dict(check.environment)

@@ -1,6 +1,6 @@
 """A few steps of everything on tiny decoders: what a memory checker can follow in a minute.
 
-python -m bench.short_run [--ungraphed]
+python -m bench.short_run [--ungraphed] [--native]
 python -m bench.short_run --planted       an error on purpose, that a checker has to find
 """
 
@@ -14,6 +14,7 @@ import triton.language as tl
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from icon2_rt import Direction, Runtime
+from icon2_rt.ops import Backend, available
 
 N_LAYERS, HIDDEN, VOCAB = 3, 48, 131
 
@@ -28,14 +29,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.short_run", description=__doc__.splitlines()[0])
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--ungraphed", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--native", action="store_true", help="linear and sample in CUDA C++, where they are built")
     options = parser.parse_args()
     if options.planted:
         buffer = torch.zeros(16, device="cuda")
         planted_error[(1,)](buffer, 1 << 30)
         torch.cuda.synchronize()
         return
+    backend: Backend = "native" if options.native else "triton"
+    why_not = available(torch.device("cuda"))[backend] if options.native else None
+    if why_not is not None:
+        print(f"short run: nothing to do, {why_not}")
+        return
     for dtype in (torch.bfloat16, torch.float32):
-        run("cuda", "triton", dtype, graphs=not options.ungraphed)
+        run("cuda", backend, dtype, graphs=not options.ungraphed)
     print("short run: done")
 
 

@@ -132,4 +132,6 @@ def test_attention(benchmark: Any, figures: Figures, model: str, pairs: int, pro
 def test_op(benchmark: Any, figures: Figures, model: str, name: str, rows: int) -> None:
     if rows > 1024 and name not in micro.PREFILL_OPS:
         pytest.skip("a decode step has no so many rows")
+    if rows > micro.MOST_ROWS.get(name, rows):
+        pytest.skip("above so many rows it is torch's product")
     measure(benchmark, micro.CASES[name](micro.Subject(micro.HERE, model, rows)), figures)

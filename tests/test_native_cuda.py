@@ -233,6 +233,19 @@ def test_linear_reads_no_weight_beyond_its_end(linear):
     assert torch.isfinite(linear(x[:3], weight)).all()
 
 
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_kernels_are_clean(sanitizers: str, tmp_path: Path) -> None:
+    """No address outside a buffer, and no two threads at one place without a barrier between them."""
+    flags = ("-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+    program = build(tmp_path, "check", "test/check_cuda.cpp", *flags)
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([str(program)], capture_output=True, text=True, env=os.environ | options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    if sanitizers == "thread":  # a checker that sees no race where there is one proves nothing
+        planted = subprocess.run([str(program), "planted"], capture_output=True, text=True, env=os.environ | options)
+        assert planted.returncode != 0 and "data race" in planted.stderr
+
+
 # --- the bound functions ---------------------------------------------------------------------------------------------
 
 needs_build = pytest.mark.skipif(

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "cpu/scalar.h"
+#include "cuda/kernels.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -75,6 +76,7 @@ inline void require(bool condition, const char* what) {
 struct Barrier {
   int n = 0;
   std::atomic<int> arrived{0}, generation{0};
+  char order[2];  // what orders is one use of the barrier, not the next one, which others may be at already
 };
 
 struct Warp {
@@ -112,11 +114,12 @@ struct Machine {
   Told<Fiber*> running;
   std::function<void()> kernel;
   void* shared = nullptr;
+  char begun, ended;  // what orders a block's threads and what is before and after
   std::mt19937 shuffled{1};
 };
 
 inline Machine& machine() {
-  static Machine m;
+  static Machine& m = *new Machine;  // its fibers are never ended
   return m;
 }
 
@@ -160,8 +163,9 @@ inline void change_to(Fiber* fiber) {
 }
 
 inline void wait(Barrier& barrier) {
-  release(&barrier);
   const int generation = barrier.generation.load(std::memory_order_relaxed);
+  char* order = barrier.order + generation % 2;
+  release(order);
   if (barrier.arrived.fetch_add(1, std::memory_order_relaxed) + 1 == barrier.n) {
     barrier.arrived.store(0, std::memory_order_relaxed);
     barrier.generation.store(generation + 1, std::memory_order_relaxed);
@@ -171,7 +175,7 @@ inline void wait(Barrier& barrier) {
     me.at = &barrier;
     change_to(nullptr);
   }
-  acquire(&barrier);
+  acquire(order);
 }
 
 inline void body() {
@@ -180,11 +184,11 @@ inline void body() {
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_size);
 #endif
   for (;;) {  // a fiber is used again by the next block
-    acquire(&machine());
+    acquire(&machine().begun);
     machine().kernel();
     Fiber& me = self();
     require(me.copies.empty(), "ends while copies are under way");
-    release(&machine());
+    release(&machine().ended);
     me.done = true;
     change_to(nullptr);
   }
@@ -203,7 +207,7 @@ inline void run_block(int threads) {
     makecontext(&fiber->context, body, 0);
 #if defined(__SANITIZE_THREAD__)
     fiber->sanitizer = __tsan_create_fiber(0);
-    m.scheduler_sanitizer = __tsan_get_current_fiber();
+    if (m.scheduler_sanitizer == nullptr) m.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
     m.fibers.push_back(std::move(fiber));
   }
@@ -222,7 +226,7 @@ inline void run_block(int threads) {
     fiber.done = false;
     fiber.exchanges = fiber.group = 0;
   }
-  release(&m);
+  release(&m.begun);
   for (size_t left = order.size(); left > 0;) {
     bool moved = false;
     for (int i : order) {
@@ -238,7 +242,7 @@ inline void run_block(int threads) {
     }
     require(moved, "everybody who is left waits for somebody who does not come");
   }
-  acquire(&m);
+  acquire(&m.ended);
 }
 
 inline void run(std::function<void()> kernel, int blocks, int blocks_y, int threads, size_t shared) {
@@ -375,8 +379,6 @@ inline void grid_wait() {}
 inline void grid_release() {}
 
 namespace cuda {
-
-struct Stream;
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int blocks, int blocks_y, int threads, size_t shared, const Stream&,

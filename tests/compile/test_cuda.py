@@ -1,0 +1,70 @@
+"""The .cu files for every architecture that nvcc knows of ours, held to the budgets written beside the kernels. Shared
+memory is the launch's own; the emulator refuses a block with more than any GPU has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from icon2_rt.kernels.budget import Budget
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin") if "CUDA_HOME" in os.environ else None)
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+
+ARCHITECTURES = ("80", "90a", "100")
+# As written in the files: registers per thread, and what is on the stack, where spilled registers would be too.
+BUDGETS = {
+    "sample": {"scan_kernel": Budget(64, 0, 0), "choose_kernel": Budget(128, 0, 0, stack=16)},
+    "skinny_linear": {"linear_kernel": Budget(96, 0, 0)},
+}
+
+
+@cache
+def known() -> list[str]:
+    assert NVCC is not None
+    said = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in ARCHITECTURES if f"compute_{arch.rstrip('a')}" in said]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_within_budget(name: str, tmp_path: Path) -> None:
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known()]
+    command = [str(NVCC), "-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *code, "-Xptxas=-v", "-c"]
+    run = subprocess.run(
+        [*command, str(CSRC / "cuda" / f"{name}.cu"), "-o", str(tmp_path / "o")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        run.stderr,
+        re.DOTALL,
+    )
+    seen = set()
+    for symbol, arch, stack, stores, loads, registers in found:
+        kernel = next(k for k in BUDGETS[name] if k in symbol)
+        seen.add((kernel, arch))
+        budget = BUDGETS[name][kernel]
+        used = {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
+        assert used["registers"] <= budget.registers, (symbol, arch, used)
+        assert used["stack"] <= budget.stack and used["spills"] == 0, (symbol, arch, used)
+    assert seen == {(kernel, f"sm_{arch}") for kernel in BUDGETS[name] for arch in known()}
+
+
+def test_what_a_launch_waits_for_is_in_the_code(tmp_path: Path) -> None:
+    """Weights in 16-byte asynchronous copies, products on tensor cores, and dependent launch where there is one."""
+    for arch, early in (("80", False), ("90a", True)):
+        target = tmp_path / f"{arch}.ptx"
+        command = [str(NVCC), "-std=c++17", "-O3", f"-I{CSRC}", f"-arch=sm_{arch}", "-ptx"]
+        subprocess.run([*command, str(CSRC / "cuda/skinny_linear.cu"), "-o", str(target)], check=True)
+        code = target.read_text()
+        assert "mma.sync.aligned.m16n8k16" in code
+        assert "cp.async.cg.shared.global" in code
+        assert ("griddepcontrol.wait" in code) is early
