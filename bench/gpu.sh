@@ -61,7 +61,7 @@ stage() {
       # Most of the lane's time is compiling: in several processes, where pytest-xdist is there.
       local part=()
       "$PYTHON" -c 'import xdist' 2>/dev/null && (( ! DRY )) && part=(-n 6)
-      (( DRY )) && export GPU_LANE_DEVICE=cpu && part=(-k '(test_steps and fp32) or test_reading or (test_kernels and odd and bfloat16)')
+      (( DRY )) && export GPU_LANE_DEVICE=cpu && part=(-k '(test_steps and fp32) or test_reading or (test_kernels and odd and bfloat16) or (test_native and dry)')
       guarded "$PYTHON" -m pytest tests/gpu -q --durations=5 --timeout=240 "${part[@]}" 2>&1 | tee "$OUT/tests.log" ;;
     micro)
       local quick=(--benchmark-max-time=0.1 --benchmark-min-rounds=5)

@@ -84,7 +84,7 @@ void check_sample(float spread, bool draws, int top_k, float top_p, float min_p)
       CHECK(tokens[row] >= 0 && tokens[row] < vocab && std::isfinite(logprob[row]));
       CHECK(positions[row] == 6 && generated[row] == 6);
     }
-    CHECK(run == 0 || (found == tokens && std::memcmp(logprobs.data(), logprob.data(), 8) == 0));
+    CHECK(run == 0 || (found == tokens && logprobs == logprob));
     found = tokens;
     logprobs = logprob;
   }

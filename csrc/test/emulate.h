@@ -322,7 +322,7 @@ namespace icon2 {
 
 template <class S>
 S& shared_memory() {
-  return *static_cast<S*>(emulate::machine().shared);
+  return *static_cast<S*>(emulate::machine().shared);  // NOLINT(clang-analyzer-core.uninitialized.UndefReturn)
 }
 
 inline void copy_async(void* to, const void* from, int bytes) {
