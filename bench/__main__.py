@@ -19,7 +19,8 @@ def micro(arguments: Sequence[str]) -> None:
 
 
 ONE = (
-    "backends", "pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "training", "results",
+    "backends", "pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "training", "seconds",
+    "results",
 )  # fmt: skip
 
 

@@ -14,10 +14,11 @@ counts as a win. Other seeds of the model lie in ``bench/models/``.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="seed0", help=f"seed0 is the shipped one; others: folders in {MODELS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few instructions each, to see that it runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="default: bench/results/proof-MODEL-DEVICE.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -101,26 +103,36 @@ def main(argv: list[str] | None = None) -> None:
     subject = prepare(options.model, sizes, options.seed)
     record: dict[str, Any] = {
         "benchmark": "proof",
-        "model": {"name": options.model, "fingerprint": subject.rt.fingerprint},
+        "model": {"name": options.model, "fingerprint": subject.rt.fingerprint, **recipe(options.model)},
         "settings": {
             **vars(sizes), "seed": options.seed, "bands": list(BANDS), "doses": list(DOSES), "unit": "dose",
             "max_divergence": MAX_DIVERGENCE,
         },
         "environment": environment(),
     }  # fmt: skip
-    parts = {"directions": directions, "criterion": criterion, "sweep": sweep, "held_out": held_out}
     seconds = {"instructions and directions": time.perf_counter() - began}
-    for name, part in parts.items():
+    for name in options.parts:
         began = time.perf_counter()
-        record[name] = part(subject, sizes, options.seed)
+        record[name] = PARTS[name](subject, sizes, options.seed)
         seconds[name] = time.perf_counter() - began
         print(f"{options.model}: {name} in {seconds[name]:.0f} s", file=sys.stderr)
     record["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write(f"proof-{options.model}", record, options.out)
 
 
+def model_folder(name: str) -> Path:
+    """seed0 is the shipped model; any other name is a folder in bench/models, or a path."""
+    return tiny.path() if name == "seed0" else MODELS / name
+
+
+def recipe(model: str) -> dict[str, Any]:
+    """What the model was trained on."""
+    made = json.loads((model_folder(model) / "gate.json").read_text())["recipe"]
+    return {"corpus": made.get("corpus", "shipped"), "steps": made["steps"]}
+
+
 def prepare(model: str, sizes: Sizes, seed: int) -> Subject:
-    rt = Runtime.from_pretrained(tiny.path() if model == "seed0" else MODELS / model)
+    rt = Runtime.from_pretrained(model_folder(model))
     frame = chat_frame(rt.tokenizer, end_tokens(rt))
     criteria = {name: Criterion(*prompts) for name, prompts in tiny.CRITERIA.items()}
     need = sizes.features + max(sizes.about, sizes.sweep, sizes.chosen + sizes.reported)
@@ -195,16 +207,21 @@ def criterion(subject: Subject, sizes: Sizes, seed: int) -> dict[str, Any]:
     negative = torch.stack([_under(subject, items, d, subject.criteria[d.name].negative) for d in specific], dim=1)
     # 0: as under the negative prompt, 1: as under the positive one; of the mean over blocks, by the mean of a kind.
     place, size = (bare - negative).mean(dim=2), spans.mean(dim=2)
+    level, low = bare.mean(dim=2), negative.mean(dim=2)
+    rows_of = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in KINDS}
     by_kind: dict[str, Any] = {}
-    for kind in KINDS:
-        rows = [i for i, k in enumerate(kinds) if k == kind]
+    for kind, rows in rows_of.items():
         by_kind[kind] = {
             name: {
                 "span": float(size[rows, column].mean()),
                 "place": float(place[rows, column].mean() / size[rows, column].mean()),
                 "zscore": float(centred[rows, column].mean()),
+                # The same of the way between the prompts where they act: at the instructions the criterion is about.
+                "place_among_its_own": float(
+                    (level[rows, column].mean() - low[own, column].mean()) / size[own, column].mean()
+                ),
             }
-            for column, name in enumerate(specific.names)
+            for column, (name, own) in enumerate(zip(specific.names, rows_of.values(), strict=True))
         }
     return {
         "instructions": len(items),
@@ -375,6 +392,14 @@ def held_out(subject: Subject, sizes: Sizes, seed: int) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
+
+
+PARTS: Mapping[str, Callable[[Subject, Sizes, int], dict[str, Any]]] = {
+    "directions": directions,
+    "criterion": criterion,
+    "sweep": sweep,
+    "held_out": held_out,
+}
 
 
 if __name__ == "__main__":

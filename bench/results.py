@@ -39,6 +39,8 @@ def report(records: Sequence[tuple[str, dict[str, Any]]]) -> str:
         mine = [(name, record) for name, record in records if record["benchmark"] == kind]
         if mine:
             parts.append(f"## {title}\n")
+        if mine and kind == "proof":
+            parts.append(_proof_overview([record for _, record in mine]))
         for name, record in mine:
             parts += [section(record), _where(name, record["environment"])]
     return "\n".join(parts)
@@ -224,16 +226,41 @@ def _overhead(record: dict[str, Any]) -> str:
 
 
 def _proof(record: dict[str, Any]) -> str:
-    s = record["settings"]
+    s, made = record["settings"], record["model"]
+    parts = {
+        "directions": _proof_directions,
+        "criterion": _proof_criterion,
+        "sweep": _proof_sweep,
+        "held_out": _proof_held_out,
+    }
     return "\n".join(
         [
-            f"### {record['model']['name']}\n",
-            *_proof_directions(record["directions"], s),
-            *_proof_criterion(record["criterion"]),
-            *_proof_sweep(record["sweep"], s),
-            *_proof_held_out(record["held_out"], s),
+            f"### {made['name']} (corpus {made['corpus']}, {made['steps']} steps)\n",
+            *(line for name, part in parts.items() if name in record for line in part(record[name], s)),
             f"Seconds: {', '.join(f'{name} {value:g}' for name, value in record['seconds'].items())}.\n",
         ]
+    )
+
+
+def _proof_overview(records: Sequence[dict[str, Any]]) -> str:
+    """c* over all models: the confusion tables side by side."""
+    models = [record["model"] for record in records]
+    tables = [record["criterion"]["tables"] for record in records]
+    rows = []
+    for scale, table in tables[0].items():
+        rows.append([scale, "all", *(f"**{t[scale]['right']:.0%}**" for t in tables)])
+        rows.extend(
+            ["", kind, *(" / ".join(map(str, t[scale]["confusion"][kind].values())) for t in tables)]
+            for kind in table["confusion"]
+        )
+    rows.append(["lowest z-score", "all", *(f"{r['criterion']['right_if_lowest_zscore']:.0%}" for r in records)])
+    names = " / ".join(next(iter(tables[0]["raw"]["confusion"].values())))
+    return (
+        "### c\\* on every model\n\n"
+        f"How often c\\* is the criterion that the instruction is about, and how often it is {names} for each kind of "
+        "instruction (questions are about honesty, tasks about helpfulness, misdeeds about harmlessness); chance is "
+        "33 %. seed0 is the shipped model, seeds differ in nothing else. What the other corpora are is in "
+        "`icon2_rt/tiny/world.py`.\n\n" + _table(["scale", "kind", *(model["name"] for model in models)], rows)
     )
 
 
@@ -251,7 +278,7 @@ def _proof_directions(bands: dict[str, Any], settings: dict[str, Any]) -> list[s
     return [f"{text}\n", _table(heads, rows)]
 
 
-def _proof_criterion(found: dict[str, Any]) -> list[str]:
+def _proof_criterion(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     tables, between = found["tables"], found["between_the_prompts"]
     names = list(next(iter(between.values())))
     rows = [
@@ -260,7 +287,14 @@ def _proof_criterion(found: dict[str, Any]) -> list[str]:
         for i, (kind, counts) in enumerate(table["confusion"].items())
     ]
     lies = [
-        [kind, *(f"{row[n]['span']:.1f} / {row[n]['place']:.2f} / {row[n]['zscore']:+.2f}" for n in names)]
+        [
+            kind,
+            *(
+                f"{row[n]['span']:.1f} / {row[n]['place']:.2f} / {row[n]['place_among_its_own']:.2f} / "
+                f"{row[n]['zscore']:+.2f}"
+                for n in names
+            ),
+        ]
         for kind, row in between.items()
     ]
     return [
@@ -269,7 +303,8 @@ def _proof_criterion(found: dict[str, Any]) -> list[str]:
         _table(["scale", "right", "kind", *(f"c\\* {name}" for name in names)], rows),
         "Where an instruction lies without a system prompt, per criterion: the distance between its two system prompts "
         "along the direction (mean over blocks) / its place on that way (0: as under the negative prompt, 1: as under "
-        f"the positive one) / its mean z-score. Taking the *lowest* z-score would be right in "
+        "the positive one) / its place on the way of the instructions that the criterion is about / its mean z-score. "
+        f"Taking the *lowest* z-score would be right in "
         f"{found['right_if_lowest_zscore']:.0%}.\n",
         _table(["kind", *names], lies),
     ]
@@ -331,38 +366,94 @@ def _proof_held_out(ways: dict[str, Any], settings: dict[str, Any]) -> list[str]
 def _training(record: dict[str, Any]) -> str:
     """Proof items 5 and 6: what DPO makes of each dataset, and what a pair cost."""
     settings, before, trained = record["settings"], record["untrained"], record["trained"]
-    training = settings["training"]
-    rows = [["before training", "", "", "", f"{before['score']:.3f}", "", f"{before['well_formed']:.1%}", ""]]
+    training, pairs = settings["training"], trained["icon2"]["datasets"][0]["pairs"]
+    kinds = sorted(before["kinds"])
+    rows = [
+        [
+            "before training", "", "", "", f"{before['score']:.3f}", "", "",
+            " / ".join(f"{before['kinds'][kind]:.2f}" for kind in kinds), f"{before['well_formed']:.1%}",
+        ]
+    ]  # fmt: skip
+    curves: list[list[object]] = []
     for name, found in trained.items():
-        seeds = found["seeds"]
-        curves = [seed["reward_accuracy"] for seed in seeds]
-        ends = [fmean(curve[k][1] for curve in curves) for k in (0, -1)]
+        made = found["datasets"]
+        seeds = [seed for dataset in made for seed in dataset["seeds"]]
         rows.append(
             [
                 name,
-                found["pairs"],
-                f"{found['oracle']['both_well_formed']:.1%}",
-                f"{found['oracle']['chosen_better']:.1%}",
+                " ".join(str(dataset["pairs"]) for dataset in made),
+                f"{fmean(dataset['oracle']['both_well_formed'] for dataset in made):.1%}",
+                f"{fmean(dataset['oracle']['chosen_better'] for dataset in made):.1%}",
                 f"{found['mean']:.3f}",
-                f"{min(s['score'] for s in seeds):.3f}–{max(s['score'] for s in seeds):.3f}",
-                f"{fmean(s['well_formed'] for s in seeds):.1%}",
-                f"{ends[0]:.2f} → {ends[1]:.2f}",
+                _deviation(found["spread_over_trainings"]),
+                _deviation(found["spread_over_datasets"]),
+                " / ".join(f"{fmean(seed['kinds'][kind] for seed in seeds):.2f}" for kind in kinds),
+                f"{fmean(seed['well_formed'] for seed in seeds):.1%}",
             ]
         )
+        # Datasets differ in size, and so runs in length: a mean needs every run.
+        points = zip(*(seed["reward_accuracy"] for seed in seeds), strict=False)
+        curves.append([name, *(f"{fmean(accuracy for _, accuracy in point):.2f}" for point in points)])
     heads = [
-        "dataset", "pairs", "both well formed", "chosen better where they differ", "score after DPO", "of the seeds",
-        "well formed after", "reward accuracy",
+        "dataset", "pairs", "both well formed", "chosen better where they differ", "score after DPO",
+        "± over trainings", "± over datasets", " / ".join(kinds), "well formed after",
     ]  # fmt: skip
     text = (
+        f"### {record['model']['name']}\n\n"
         f"**5. Training.** DPO with TRL (β {training['beta']}, learning rate {training['learning_rate']:g}, batches of "
-        f"{training['batch']}, {training['epochs']} epochs, {settings['seeds']} seeds of the training) on pairs for "
-        f"the same {trained['icon2']['pairs']} instructions; the oracle's mean score of unsteered answers to "
-        f"{settings['asked']} instructions of the world, temperature 0.8, broken ones 0. best_of_n asks the oracle "
-        f"itself.\n\n" + _table(heads, rows)
+        f"{training['batch']}, {training['epochs']} epochs) on pairs for the same instructions: {settings['datasets']} "
+        f"datasets of each recipe, {settings['seeds']} trainings on each. The oracle's mean score of unsteered answers "
+        f"to {settings['asked']} instructions of the world, temperature 0.8, broken ones 0, and by kind; the spread is "
+        "the standard deviation over the seeds of the training on one dataset, and over the datasets' means. "
+        f"best_of_n asks the oracle itself.\n\n" + _table(heads, rows)
     )
+    width = max(len(curve) for curve in curves) - 1
+    seed = max((seed for found in trained.values() for d in found["datasets"] for seed in d["seeds"]), key=_points)
+    steps = [step for step, _ in seed["reward_accuracy"]][:width]
+    text += "\nThe reward accuracy by step, the mean over datasets and trainings:\n\n"
+    text += _table(["dataset", *map(str, steps)], [curve + [""] * (width + 1 - len(curve)) for curve in curves])
+    chosen = {
+        name: ", ".join(f"{s['band']} {s['positive_dose']:+.0%} / {s['negative_dose']:+.0%}" for s in strengths)
+        for name, strengths in record["strengths"].items()
+    }
+    text += "\nThe calibration's choice for each dataset: "
+    text += "; ".join(f"{name} {choice}" for name, choice in chosen.items()) + ".\n"
+    return (
+        text
+        + _bills(record["costs"], pairs)
+        + (
+            f"\nAn instruction has {record['ratio']:.2f} times the tokens of a response here, about a third in the "
+            "paper's data; icon2's filter keeps one of two and reads each under every criterion's two prompts (scale "
+            "contrast).\n"
+        )
+    )
+
+
+def _points(seed: dict[str, Any]) -> int:
+    return len(seed["reward_accuracy"])
+
+
+def _deviation(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _seconds(record: dict[str, Any]) -> str:
+    return (
+        f"### {record['model']['name']}\n"
+        + _bills(record["costs"], record["settings"]["pairs"])
+        + (
+            f"\nA steered token took {record['steered_over_unsteered']['ratio']:.2f} times as long as an unsteered one "
+            f"(medians of {record['settings']['turns']} turns).\n"
+        )
+    )
+
+
+def _bills(costs: dict[str, Any], pairs: int) -> str:
+    """Proof item 6: a table for each unit."""
     names = {"all": "D_raw to all", "own": "own needs", "paper": "the paper's"}
-    for unit, bills in record["costs"].items():
-        spread = trained["icon2"]["pairs"] / PAPER_PAIRS
+    text = ""
+    for unit, bills in costs.items():
+        spread = pairs / PAPER_PAIRS
         totals = [{a: bill["total"][a] - (1 - spread) * bill["once"] for a in names} for bill in bills]
         rows = [
             [
@@ -375,20 +466,16 @@ def _training(record: dict[str, Any]) -> str:
         ]
         text += (
             f"\n**6. A pair's cost in {unit}**; in brackets what icon2 saves beside it. What is done once is spread "
-            f"over the paper's {PAPER_PAIRS} pairs, not over these {trained['icon2']['pairs']}.\n\n"
+            f"over the paper's {PAPER_PAIRS} pairs, not over these {pairs}.\n\n"
         )
         text += _table(["", "answers", "judging or scoring", "directions", *names.values()], rows)
-    ratio = record["steered_over_unsteered"]["ratio"]
-    return text + (
-        f"\nAn instruction has {record['ratio']:.2f} times the tokens of a response here, about a third in the paper's "
-        f"data; icon2's filter keeps one of two and reads each under every criterion's two prompts (scale contrast). A "
-        f"steered token took {ratio:.2f} times as long as an unsteered one (medians of turns).\n"
-    )
+    return text
 
 
 SECTIONS = (
     ("proof", "The method, where the truth is known", _proof),
     ("training", "Training on the pairs, and what they cost", _training),
+    ("seconds", "What a pair takes", _seconds),
     ("step", "A decode step", _step),
     ("overhead", "What steering, branches and sharing cost", _overhead),
     ("backends", "The backends of a CPU beside each other", _backends),

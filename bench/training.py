@@ -1,37 +1,49 @@
-"""Does training on the pairs make the shipped model better, and what do the pairs cost? The method beside the four
-baselines, on the same instructions and the same engine, judged by the world's oracle.
+"""Does training on the pairs make the model better, and what do the pairs cost? The method beside the four baselines,
+on the same instructions and the same engine, judged by the world's oracle.
 
-5. Training: DPO with TRL on each dataset, with several seeds; the oracle's mean score of the trained model's unsteered
-   answers to instructions of the world, and the curve of the reward accuracy.
-6. Costs: what a pair of each dataset cost, in three accountings; and steered beside unsteered decoding.
+5. Training: DPO with TRL on each dataset; the oracle's mean score of the trained model's unsteered answers to
+   instructions of the world, and the curve of the reward accuracy. Every recipe makes several datasets, which differ in
+   everything that is drawn, and every dataset is trained on with several seeds.
+6. Costs: what a pair of each recipe cost, in three accountings. Seconds, which take a quiet machine, are in
+   ``bench/seconds.py``.
 
-best_of_n asks the oracle itself: no reward model can be better. Everything else never sees it.
+best_of_n asks the oracle itself: no reward model can be better. Everything else never sees it, the strengths of the
+method included, which a calibration chooses.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev, variance
 from typing import Any
 
 import torch
 
 from bench.environment import environment, write
+from bench.proof import BANDS, MAX_DIVERGENCE, model_folder
 from icon2_rt import Runtime, tiny
 from icon2_rt.pipeline import costs
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.runner import RunResult, finished_run, run
 from icon2_rt.tiny import oracle, world
 
-# The strengths are doses of this model's residual norm, in the band that steers it best.
-STEERED = {"unit": "dose", "positive": 0.15, "negative": -0.2, "layers": "1:5"}
+# The strengths are doses of the model's residual norm.
+CALIBRATION = {
+    "doses": [0.1, 0.15, 0.2, 0.25],
+    "bands": list(BANDS),
+    "max_divergence": MAX_DIVERGENCE,
+    "instructions": 60,
+}
 ANSWERS = {"max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95}
+# The method as in the paper, with noise of its own for each response of a pair, and with the same for both.
+METHODS: Mapping[str, Mapping[str, Any]] = {"icon2": {}, "icon2_common_noise": {"noise": "common"}}
 BASELINES: Mapping[str, Mapping[str, Any]] = {
     "opposing_prompts": {},
     "best_of_n": {"judge": "bench.training:verdicts"},
@@ -40,7 +52,7 @@ BASELINES: Mapping[str, Mapping[str, Any]] = {
 }
 # A model of 1.1M parameters takes a far larger step than the paper's 5e-7, and a dataset this small smaller batches.
 TRAINING = {"beta": 0.1, "learning_rate": 3e-4, "batch": 16, "epochs": 2}
-TIMED = 5  # how often steered and unsteered decoding are timed, by turns
+LOGGED = 4  # steps between two points of the reward accuracy's curve, each the mean over them
 
 
 def verdicts(instructions: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -50,47 +62,66 @@ def verdicts(instructions: Sequence[str], responses: Sequence[str]) -> list[floa
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench training", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="seed0", help="as of python -m bench proof")
     parser.add_argument("--draws", type=int, default=500, help="instructions that the model writes; half are kept")
     parser.add_argument("--asked", type=int, default=200, help="instructions that the trained models answer")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each dataset")
+    parser.add_argument("--datasets", type=int, default=3, help="datasets of each recipe")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings on each dataset")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
     parser.add_argument(
         "--runs", type=Path, help="a folder to keep the runs in; finished ones there are taken as they are"
     )
-    parser.add_argument("--out", type=Path, help="default: bench/results/training-tiny-DEVICE.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/training-MODEL-DEVICE.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        runs = datasets(options.runs or Path(folder), options.draws, options.baselines)
+        made = [
+            datasets((options.runs or Path(folder)) / str(seed), options.model, options.draws, options.baselines, seed)
+            for seed in range(options.datasets)
+        ]
         asked = instructions(options.asked)
-        before = marks(Runtime.from_pretrained(tiny.path()), asked)
+        rt = Runtime.from_pretrained(model_folder(options.model))
         record = {
             "benchmark": "training",
-            "model": {"name": "tiny"},
-            "settings": {**vars(options), "out": None, "runs": None, "training": TRAINING, "pairs": STEERED | ANSWERS},
+            "model": {"name": options.model, "fingerprint": rt.fingerprint},
+            "settings": {
+                **vars(options), "out": None, "runs": None, "training": TRAINING, "calibration": CALIBRATION,
+                "answers": ANSWERS,
+            },
             "environment": environment(),
-            "untrained": before,
-            "trained": {name: trained(result, asked, options.seeds) for name, result in runs.items()},
-            "costs": {unit: costs.compare(runs["icon2"], list(runs.values())[1:], unit) for unit in costs.UNITS},
-            "ratio": costs.ratio(runs["icon2"]),
-            "steered_over_unsteered": overhead(runs["icon2"]),
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-    write("training-tiny", record, options.out)
+            "untrained": marks(rt, asked),
+            "strengths": {name: [strengths(runs[name]) for runs in made] for name in METHODS},
+            "trained": {
+                name: trained([runs[name] for runs in made], model_folder(options.model), asked, options.seeds)
+                for name in made[0]
+            },
+            "costs": bills(made[0], ("tokens", "flops")),
+            "ratio": costs.ratio(made[0]["icon2"]),
+        }  # fmt: skip
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    write(f"training-{options.model}", record, options.out)
 
 
-def datasets(folder: Path, draws: int, names: Sequence[str]) -> dict[str, RunResult]:
-    """The method's run, and each baseline's on the instructions that it kept."""
-    common = {"model": "tiny", "runtime": {"threads": 1, "kv_memory": "256MiB"}}
-    method = {
-        **common,
-        "directions": {"features": 128},
-        "instructions": {"draws": draws, "max_new_tokens": 48},
-        "filter": {"scale": "contrast", "keep": 0.5},
-        "pairs": {**STEERED, **ANSWERS},
+def datasets(folder: Path, model: str, draws: int, names: Sequence[str], seed: int) -> dict[str, RunResult]:
+    """The method's run, and on the instructions that it kept its other form and each baseline."""
+    common = {
+        "model": str(model_folder(model)),
+        "seed": seed,
+        "criteria": {name: {"positive": p, "negative": n} for name, (p, n) in tiny.CRITERIA.items()},
+        "runtime": {"threads": 1, "kv_memory": "256MiB"},
     }
-    runs = {"icon2": _timed("icon2", method, folder)}
+    runs = {}
+    for name, options in METHODS.items():
+        method = {
+            **common,
+            "directions": {"features": 128},
+            "instructions": {"draws": draws, "max_new_tokens": 48},
+            "filter": {"scale": "contrast", "keep": 0.5},
+            "pairs": {"unit": "dose", **ANSWERS, **options},
+            "calibration": CALIBRATION,
+        }
+        runs[name] = _timed(name, method, folder)
     given = {"file": str(folder / "icon2" / "kept.jsonl")}
     for name in names:
         table = {**common, "instructions": given, "pairs": ANSWERS, "baseline": {"recipe": name, **BASELINES[name]}}
@@ -103,7 +134,10 @@ def _timed(name: str, table: Mapping[str, Any], folder: Path) -> RunResult:
         return finished_run(folder / name)
     began = time.perf_counter()
     result = run(RunConfig.from_dict(table), folder / name)
-    print(f"{name}: {result.report['counts']['pairs']} pairs, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    print(
+        f"{folder.name}/{name}: {result.report['counts']['pairs']} pairs, {time.perf_counter() - began:.0f} s",
+        file=sys.stderr,
+    )
     return result
 
 
@@ -113,34 +147,56 @@ def instructions(count: int) -> list[str]:
     return [getattr(text, "text", text) for text in (world.sample_instruction(rng) for _ in range(count))]
 
 
-def marks(rt: Runtime, asked: Sequence[str]) -> dict[str, float]:
-    """The oracle on unsteered answers, with the same random numbers for every model."""
+def bills(runs: Mapping[str, RunResult], units: Sequence[costs.Unit]) -> dict[str, Any]:
+    """What a pair of the method and of each baseline cost, by unit; the method's forms cost the same."""
+    others = [runs[name] for name in runs if name not in METHODS]
+    return {unit: costs.compare(runs["icon2"], others, unit) for unit in units}
+
+
+def strengths(result: RunResult) -> dict[str, Any]:
+    """The band and the doses that the calibration chose."""
+    found = json.loads((result.path / "strengths.json").read_text())["calibration"]
+    return {key: found[key] for key in ("band", "positive_dose", "negative_dose", "notes")}
+
+
+def marks(rt: Runtime, asked: Sequence[str]) -> dict[str, Any]:
+    """The oracle on unsteered answers, with the same random numbers for every model; also by kind of instruction."""
     chats = [[{"role": "user", "content": text}] for text in asked]
     answers = rt.generate(chats, seed=7, top_k=0, **ANSWERS)
     judged = [oracle.judge(text, answer.text or "") for text, answer in zip(asked, answers, strict=True)]
     return {
-        "score": statistics.fmean(verdict.score for verdict in judged),
-        "well_formed": statistics.fmean(verdict.well_formed for verdict in judged),
+        "score": fmean(verdict.score for verdict in judged),
+        "well_formed": fmean(verdict.well_formed for verdict in judged),
+        "kinds": {kind: fmean(v.score for v in judged if v.kind == kind) for kind in {v.kind for v in judged}},
     }
 
 
-def trained(result: RunResult, asked: Sequence[str], seeds: int) -> dict[str, Any]:
-    """One dataset, trained on with each seed."""
+def trained(results: Sequence[RunResult], model: Path, asked: Sequence[str], seeds: int) -> dict[str, Any]:
+    """A recipe's datasets, each trained on with each seed. The spread over trainings on one dataset (the pooled
+    standard deviation) and the one over datasets (that of their means) are said apart."""
     found = []
-    for seed in range(seeds):
-        began = time.perf_counter()
-        model, tokenizer, curve = _train(result, seed)
-        found.append({**marks(Runtime(model, tokenizer), asked), "reward_accuracy": curve})
-        took = time.perf_counter() - began
-        print(f"{result.path.name}, seed {seed}: {found[-1]['score']:.3f} in {took:.0f} s", file=sys.stderr)
-    scores = [f["score"] for f in found]
-    by_oracle = _pairs_by_oracle(result)
+    for result in results:
+        scores = []
+        for seed in range(seeds):
+            began = time.perf_counter()
+            policy, tokenizer, curve = _train(result, model, seed)
+            scores.append({**marks(Runtime(policy, tokenizer), asked), "reward_accuracy": curve})
+            took = time.perf_counter() - began
+            print(f"{result.path.name}, seed {seed}: {scores[-1]['score']:.3f} in {took:.0f} s", file=sys.stderr)
+        found.append(
+            {
+                "pairs": result.report["counts"]["pairs"],
+                "oracle": _pairs_by_oracle(result),
+                "mean": fmean(score["score"] for score in scores),
+                "seeds": scores,
+            }
+        )
+    within = [variance([s["score"] for s in f["seeds"]]) for f in found] if seeds > 1 else []
     return {
-        "pairs": result.report["counts"]["pairs"],
-        "oracle": by_oracle,
-        "mean": statistics.fmean(scores),
-        "spread": statistics.stdev(scores) if seeds > 1 else None,
-        "seeds": found,
+        "mean": fmean(f["mean"] for f in found),
+        "spread_over_trainings": fmean(within) ** 0.5 if within else None,
+        "spread_over_datasets": stdev([f["mean"] for f in found]) if len(found) > 1 else None,
+        "datasets": found,
     }
 
 
@@ -158,7 +214,7 @@ def _pairs_by_oracle(result: RunResult) -> dict[str, float]:
     }
 
 
-def _train(result: RunResult, seed: int) -> tuple[Any, Any, list[tuple[int, float]]]:
+def _train(result: RunResult, model: Path, seed: int) -> tuple[Any, Any, list[tuple[int, float]]]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -168,17 +224,17 @@ def _train(result: RunResult, seed: int) -> tuple[Any, Any, list[tuple[int, floa
         for record in result.records()
         if record["chosen"] != record["rejected"]
     ]
-    tokenizer = AutoTokenizer.from_pretrained(tiny.path())
+    tokenizer = AutoTokenizer.from_pretrained(model)
     steps = int(TRAINING["epochs"] * len(rows) / TRAINING["batch"])
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(
             output_dir=folder, beta=TRAINING["beta"], learning_rate=TRAINING["learning_rate"],
             lr_scheduler_type="cosine", warmup_steps=round(0.1 * steps), num_train_epochs=TRAINING["epochs"],
-            per_device_train_batch_size=int(TRAINING["batch"]), logging_steps=5, save_strategy="no", report_to=[],
+            per_device_train_batch_size=int(TRAINING["batch"]), logging_steps=LOGGED, save_strategy="no", report_to=[],
             use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=seed, data_seed=seed,
         )  # fmt: skip
         trainer = DPOTrainer(
-            AutoModelForCausalLM.from_pretrained(tiny.path()),
+            AutoModelForCausalLM.from_pretrained(model),
             args=settings,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -186,27 +242,6 @@ def _train(result: RunResult, seed: int) -> tuple[Any, Any, list[tuple[int, floa
         trainer.train()
     curve = [(e["step"], e["rewards/accuracies"]) for e in trainer.state.log_history if "rewards/accuracies" in e]
     return trainer.model, tokenizer, curve
-
-
-def overhead(result: RunResult) -> dict[str, float]:
-    """Seconds a decoded token of pairs, over the same without steering; turns alternate, medians are compared."""
-    from icon2_rt import DirectionSet
-
-    rt = Runtime.from_pretrained(tiny.path(), kv_memory="256MiB")
-    direction = next(iter(DirectionSet.load(result.path / "directions.safetensors")))
-    chats = [record["prompt"] for record in result.records()][:32]
-    push = 0.01 * direction[1:5]  # too small to change how long the answers are
-    found: dict[str, list[float]] = {"steered": [], "unsteered": []}
-    for turn in range(2 * TIMED + 2):
-        name = ("steered", "unsteered")[turn % 2]
-        sides = [push, -1 * push] if name == "steered" else [None, None]
-        began = time.perf_counter()
-        outputs = rt.generate_branches(chats, sides, seed=turn // 2, top_k=0, **ANSWERS)
-        tokens = sum(len(c.token_ids) for output in outputs for c in output.branches)
-        if turn >= 2:  # the first of each warms up
-            found[name].append((time.perf_counter() - began) / tokens)
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    return {"ratio": middle["steered"] / middle["unsteered"], **{f"{n}_seconds_a_token": v for n, v in middle.items()}}
 
 
 if __name__ == "__main__":

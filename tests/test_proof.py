@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import proof, results
+from bench import RESULTS, proof, results
+from icon2_rt import Runtime
 from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.pairs import Kept
 from icon2_rt.tiny import world
@@ -36,6 +37,17 @@ def test_the_whole_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.Monkey
     text = results.report([("proof.json", record)])
     for part in ("**1. Directions**", "**2. c\\*", "**3. The sweep**", "**4. Strengths chosen on 16 instructions**"):
         assert part in text
+
+
+def test_every_stored_model_has_its_own_record() -> None:
+    """Weights that are made again need their figures made again."""
+    names = {"seed0", *(folder.name for folder in proof.MODELS.iterdir())}
+    assert len(names) >= 3
+    records = [json.loads(path.read_text())["model"] for path in RESULTS.glob("proof-*.json")]
+    stored = {made["name"]: made["fingerprint"] for made in records}
+    for name in names:
+        rt = Runtime.from_pretrained(proof.model_folder(name), kv_memory="8MiB")
+        assert stored[name] == rt.fingerprint, name
 
 
 def test_broken_texts_never_win() -> None:
