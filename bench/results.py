@@ -244,6 +244,7 @@ def _proof(record: dict[str, Any]) -> str:
 
 def _proof_overview(records: Sequence[dict[str, Any]]) -> str:
     """c* over all models: the confusion tables side by side."""
+    records = sorted(records, key=lambda record: (record["model"]["corpus"] != "shipped", record["model"]["name"]))
     models = [record["model"] for record in records]
     tables = [record["criterion"]["tables"] for record in records]
     rows = []
@@ -259,8 +260,10 @@ def _proof_overview(records: Sequence[dict[str, Any]]) -> str:
         "### c\\* on every model\n\n"
         f"How often c\\* is the criterion that the instruction is about, and how often it is {names} for each kind of "
         "instruction (questions are about honesty, tasks about helpfulness, misdeeds about harmlessness); chance is "
-        "33 %. seed0 is the shipped model, seeds differ in nothing else. What the other corpora are is in "
-        "`icon2_rt/tiny/world.py`.\n\n" + _table(["scale", "kind", *(model["name"] for model in models)], rows)
+        "33 %. seed0 is the shipped model; the other seeds differ in nothing else. wordings was trained on a corpus in "
+        "which every prompt has some fifty wordings and the ones that the method uses never occur; mostly_good is the "
+        "shipped model trained on for 1200 steps with good responses in 84 % of the documents that no prompt settles, "
+        "in place of 46 %.\n\n" + _table(["scale", "kind", *(model["name"] for model in models)], rows)
     )
 
 
@@ -370,7 +373,7 @@ def _training(record: dict[str, Any]) -> str:
     kinds = sorted(before["kinds"])
     rows = [
         [
-            "before training", "", "", "", f"{before['score']:.3f}", "", "",
+            "before training", "", "", "", "", f"{before['score']:.3f}", "", "",
             " / ".join(f"{before['kinds'][kind]:.2f}" for kind in kinds), f"{before['well_formed']:.1%}",
         ]
     ]  # fmt: skip
@@ -384,6 +387,7 @@ def _training(record: dict[str, Any]) -> str:
                 " ".join(str(dataset["pairs"]) for dataset in made),
                 f"{fmean(dataset['oracle']['both_well_formed'] for dataset in made):.1%}",
                 f"{fmean(dataset['oracle']['chosen_better'] for dataset in made):.1%}",
+                " / ".join(f"{fmean(dataset['oracle'][s] for dataset in made):.2f}" for s in ("chosen", "rejected")),
                 f"{found['mean']:.3f}",
                 _deviation(found["spread_over_trainings"]),
                 _deviation(found["spread_over_datasets"]),
@@ -395,7 +399,8 @@ def _training(record: dict[str, Any]) -> str:
         points = zip(*(seed["reward_accuracy"] for seed in seeds), strict=False)
         curves.append([name, *(f"{fmean(accuracy for _, accuracy in point):.2f}" for point in points)])
     heads = [
-        "dataset", "pairs", "both well formed", "chosen better where they differ", "score after DPO",
+        "dataset", "pairs", "both well formed", "chosen better where they differ", "score chosen / rejected",
+        "score after DPO",
         "± over trainings", "± over datasets", " / ".join(kinds), "well formed after",
     ]  # fmt: skip
     text = (

@@ -201,16 +201,19 @@ def trained(results: Sequence[RunResult], model: Path, asked: Sequence[str], see
 
 
 def _pairs_by_oracle(result: RunResult) -> dict[str, float]:
-    """What the oracle thinks of the pairs: both well formed; of those that differ in score, chosen better."""
+    """What the oracle thinks of the pairs whose instruction it can read: both well formed; of those that are and differ
+    in score, chosen better; and the mean score of either side, broken texts 0."""
     judged = [
         [oracle.judge(r["prompt"][0]["content"], r[side][0]["content"]) for side in ("chosen", "rejected")]
         for r in result.records()
     ]
-    both = [(c, r) for c, r in judged if c.kind is not None and c.well_formed and r.well_formed]
-    differ = [(c, r) for c, r in both if c.score != r.score]
+    judged = [(c, r) for c, r in judged if c.kind is not None]
+    differ = [(c, r) for c, r in judged if c.well_formed and r.well_formed and c.score != r.score]
     return {
-        "both_well_formed": len(both) / len(judged),
+        "both_well_formed": fmean(c.well_formed and r.well_formed for c, r in judged),
         "chosen_better": sum(c.score > r.score for c, r in differ) / max(1, len(differ)),
+        "chosen": fmean(c.score for c, _ in judged),
+        "rejected": fmean(r.score for _, r in judged),
     }
 
 

@@ -56,7 +56,8 @@ def test_the_document_says_what_is_saved_and_how_far_the_spread_goes() -> None:
         accuracy = [(4 * (k + 1), value) for k, value in enumerate(curve)]
         return {"score": score, "well_formed": 1.0, "kinds": {"task": score}, "reward_accuracy": accuracy}
 
-    dataset = {"pairs": 10, "oracle": {"both_well_formed": 1.0, "chosen_better": 0.9}, "mean": 0.7}
+    judged = {"both_well_formed": 1.0, "chosen_better": 0.9, "chosen": 0.8, "rejected": 0.3}
+    dataset = {"pairs": 10, "oracle": judged, "mean": 0.7}
     found = {
         "mean": 0.7,
         "spread_over_trainings": 0.012,
@@ -76,7 +77,7 @@ def test_the_document_says_what_is_saved_and_how_far_the_spread_goes() -> None:
     # 98 a pair over 10 pairs is 0.01 over 98 000: 3.01 in place of 101, half of the baseline's 6.
     assert "| best_of_n | 2 | 1 | 0 | 6 (+50%) |" in text
     assert "| icon2 | 2 | 1 | 0.01 | 3.01 |" in text
-    assert "| icon2 | 10 10 | 100.0% | 90.0% | 0.700 | 0.012 | 0.034 | 0.70 | 100.0% |" in text
+    assert "| icon2 | 10 10 | 100.0% | 90.0% | 0.80 / 0.30 | 0.700 | 0.012 | 0.034 | 0.70 | 100.0% |" in text
     # The mean of both runs, as far as both went.
     assert "| dataset | 4 | 8 |\n" in text
     assert "| icon2 | 0.50 | 0.70 |\n" in text
