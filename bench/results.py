@@ -473,7 +473,7 @@ def _bills(costs: dict[str, Any], pairs: int) -> str:
             f"\n**6. A pair's cost in {unit}**; in brackets what icon2 saves beside it. What is done once is spread "
             f"over the paper's {PAPER_PAIRS} pairs, not over these {pairs}.\n\n"
         )
-        text += _table(["", "answers", "judging or scoring", "directions", *names.values()], rows)
+        text += _table(["", "answers", "judging or scoring", "directions, strengths", *names.values()], rows)
     return text
 
 
