@@ -451,7 +451,7 @@ def test_steps_that_are_repeated_give_what_steps_of_single_ops_give(pairs):
         return rt
 
     captured, single = generate(runtime(capture)), generate(runtime(None))
-    assert bool(repeated) == (3 * pairs <= native.FEW_ROWS)
+    assert repeated  # of the last one, the steps after some rows had left
     for one, two in zip(captured, single, strict=True):
         for a, b in zip(one.branches, two.branches, strict=True):
             assert (a.token_ids, a.logprobs) == (b.token_ids, b.logprobs)
