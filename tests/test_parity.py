@@ -29,6 +29,8 @@ from tests.models import (
 )
 
 ATOL = 1e-4
+# Logits under the strongest of these steerings: transformers in fp32 is itself up to 1.1e-4 from fp64, ours 5e-5.
+LOGIT_ATOL = 2e-4
 PAGE = 16
 LENGTHS = [1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 2]
 GREEDY = {"do_sample": False, "max_new_tokens": 64}
@@ -99,7 +101,7 @@ def test_logits_and_64_greedy_tokens(case, scope):
     for n, (prompt, steering, completion) in enumerate(zip(prompts, steerings, completions, strict=True)):
         expected = hooks.greedy(case.oracle, prompt, 64, steering, completion.token_ids)
         assert completion.token_ids == expected.token_ids
-        torch.testing.assert_close(logits[:, n], expected.logits, atol=ATOL, rtol=0)
+        torch.testing.assert_close(logits[:, n], expected.logits, atol=LOGIT_ATOL, rtol=0)
         assert_close(completion.logprobs, expected.logprobs)
         assert (completion.finish_reason, completion.seed, completion.text) == ("length", None, None)
         unsteered = hooks.response_logits(case.oracle, prompt, completion.token_ids, None)
