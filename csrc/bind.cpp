@@ -12,6 +12,7 @@
 #include "cpu/begin_step.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "sample_tensors.h"
 #include "shared/philox.h"
 #include "tensor.h"
 
@@ -411,60 +412,16 @@ void py_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle y
   run(rows * in * out / 4, [a, of = kernels] { of->linear(a); });
 }
 
-void py_sample(py::handle logits_, py::handle sampled_, py::handle seeds_, py::handle temperature_, py::handle top_k_,
-               py::handle top_p_, py::handle min_p_, py::handle penalty_, py::handle seen_, py::handle eos_,
-               py::handle min_tokens_, py::handle budget_, py::handle tokens_, py::handle positions_,
-               py::handle generated_, py::handle running_, py::handle logprobs_) {
-  const Tensor logits("logits", logits_, Kind::floating), eos("eos", eos_, Kind::i32),
-      budget("budget", budget_, Kind::i32), tokens("tokens", tokens_, Kind::i64),
-      positions("positions", positions_, Kind::i32), generated("generated", generated_, Kind::i32),
-      running("running", running_, Kind::boolean), logprobs("logprobs", logprobs_, Kind::f32);
-  const Tensor sampled = optional("sampled", sampled_, Kind::boolean), seeds = optional("seeds", seeds_, Kind::i64),
-               temperature = optional("temperature", temperature_, Kind::f32),
-               top_k = optional("top_k", top_k_, Kind::i32), top_p = optional("top_p", top_p_, Kind::f32),
-               min_p = optional("min_p", min_p_, Kind::f32),
-               penalty = optional("repetition_penalty", penalty_, Kind::f32),
-               seen = optional("seen", seen_, Kind::boolean),
-               min_tokens = optional("min_tokens", min_tokens_, Kind::i32);
-  logits.shaped({-1, -1}).dense(1);
-  const int64_t rows = logits.dim(0), vocab = logits.dim(1);
-  if (vocab < 1 || vocab > int64_t{1} << 23)
-    throw py::value_error("the vocabulary must have 1 to 2**23 entries, not " + std::to_string(vocab));
-  for (const Tensor* t : {&budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &temperature, &top_k,
-                          &top_p, &min_p, &penalty, &min_tokens})
-    if (*t) t->shaped({rows}).dense();
-  eos.shaped({rows, -1}).dense();
-  if (seeds) seeds.shaped({rows, 2}).dense();
-  if (seen) seen.shaped({rows, vocab}).dense();
-  if (sampled && !seeds) throw py::value_error("rows that sample need seeds");
-  if (penalty && !seen) throw py::value_error("repetition_penalty needs seen");
-  within<int32_t>(eos, rows, -1, vocab);
-  for (const Tensor* written : {&tokens, &positions, &generated, &running, &logprobs, &seen})
-    written->apart({&logits, &eos, &budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &seeds,
-                    &temperature, &top_k, &top_p, &min_p, &penalty, &seen, &min_tokens});
-  const Sample a{rows,
-                 vocab,
-                 eos.dim(1),
-                 logits.dtype(),
-                 logits.data(),
-                 logits.stride(0),
-                 sampled.as<bool>(),
-                 seeds.as<int64_t>(),
-                 temperature.as<float>(),
-                 top_k.as<int32_t>(),
-                 top_p.as<float>(),
-                 min_p.as<float>(),
-                 penalty.as<float>(),
-                 seen.as<bool>(),
-                 eos.as<int32_t>(),
-                 min_tokens.as<int32_t>(),
-                 budget.as<int32_t>(),
-                 tokens.as<int64_t>(),
-                 positions.as<int32_t>(),
-                 generated.as<int32_t>(),
-                 running.as<bool>(),
-                 logprobs.as<float>()};
-  run(rows * vocab * 16, [a, of = kernels] { of->sample(a); });
+void py_sample(py::handle logits, py::handle sampled, py::handle seeds, py::handle temperature, py::handle top_k,
+               py::handle top_p, py::handle min_p, py::handle penalty, py::handle seen, py::handle eos,
+               py::handle min_tokens, py::handle budget, py::handle tokens, py::handle positions, py::handle generated,
+               py::handle running, py::handle logprobs) {
+  const SampleTensors t({logits, sampled, seeds, temperature, top_k, top_p, min_p, penalty, seen, eos, min_tokens,
+                         budget, tokens, positions, generated, running, logprobs},
+                        kDLCPU, int64_t{1} << 23, "2**23");
+  within<int32_t>(t.eos, t.rows(), -1, t.vocab());
+  t.apart();
+  run(t.rows() * t.vocab() * 16, [a = t.arguments(), of = kernels] { of->sample(a); });
 }
 
 py::tuple py_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

@@ -173,8 +173,8 @@ class Tensor {
   DLTensor view_{};
 };
 
-inline Tensor optional(const char* name, py::handle object, Kind kind) {
-  return object.is_none() ? Tensor() : Tensor(name, object, kind);
+inline Tensor optional(const char* name, py::handle object, Kind kind, int32_t device_type = kDLCPU) {
+  return object.is_none() ? Tensor() : Tensor(name, object, kind, device_type);
 }
 
 // Every index in the first `n` rows of a tensor of one or two dimensions in [low, high): what keeps a wrong index from

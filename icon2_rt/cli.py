@@ -291,8 +291,7 @@ def answers(
     from icon2_rt.atomic import write_atomic
     from icon2_rt.pipeline import answers as answering
     from icon2_rt.pipeline.config import RunConfig
-    from icon2_rt.pipeline.loading import glance, load_runtime
-    from icon2_rt.pipeline.templates import chat_frame
+    from icon2_rt.pipeline.loading import glance_frame, load_runtime
 
     _one_of("--format", form, answering.BENCHMARKS)
     _writable(out, (".json" if form == "alpaca_eval" else ".jsonl",))
@@ -303,7 +302,7 @@ def answers(
         {"model": model, "seed": seed, "runtime": {"device": device, "backend": backend, "dtype": dtype}},
         source="icon2 answers",
     )
-    chat_frame(glance(settings)[1])
+    glance_frame(settings)
     with display.Steps() as watch:
         watch("model", 0, 1)
         rt = load_runtime(settings)

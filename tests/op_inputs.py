@@ -1,12 +1,15 @@
-"""Inputs of the native ops' tests: odd sizes, rows that share and rows that do not run, steerings that differ."""
+"""Inputs of the native ops' tests, odd sizes, rows that share and rows that do not run, steerings that differ; and how
+their results are held against the references'."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from icon2_rt import ops
 from icon2_rt.ops import AttentionItems, RowSampling, RowState, RowSteering
 
 NOTHING = RowSampling(
@@ -14,9 +17,21 @@ NOTHING = RowSampling(
     eos=torch.empty(0), min_tokens=None, budget=torch.empty(0),
 )  # fmt: skip
 
+# What may lie between two roundings to the storage type of nearly the same number, relative to the largest.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
+
+
+def strided(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows with a gap between them, that begin at an odd place."""
+    return rand(rows, width + 5, dtype=dtype)[:, 3 : 3 + width]
+
+
+def per_row(values: list[float], rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.tensor((values * rows)[:rows], dtype=dtype)
 
 
 def row_steering(rows: int, n_layers: int, hidden: int, terms: int, host_knows: bool = False) -> RowSteering:
@@ -105,3 +120,29 @@ def settings(rows: int, vocab: int, **fields: object) -> RowSampling:
         seeds = torch.randint(0, 2**32, (rows, 2))
         how = replace(how, sampled=torch.arange(rows) % 3 != 2, seeds=seeds)
     return replace(how, **fields)  # type: ignore[arg-type]
+
+
+def run_both(
+    sample: Callable[..., None], logits: Tensor, how: RowSampling, steps: int = 1
+) -> tuple[RowState, RowState, list[RowSampling]]:
+    """``sample`` and the reference, each on states and ``seen`` of its own; one row in five does not run."""
+    rows = len(logits)
+    states = [row_state([9] * rows, [r % 5 != 4 for r in range(rows)]) for _ in range(2)]
+    hows = [replace(how, seen=None if how.seen is None else how.seen.clone()) for _ in range(2)]
+    for _ in range(steps):
+        sample(logits, hows[0], states[0])
+        ops.sample(logits, hows[1], states[1])
+    return states[0], states[1], hows
+
+
+def same_state(mine: RowState, theirs: RowState) -> None:
+    for name in ("tokens", "positions", "generated", "running"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=3e-5, rtol=1e-5)
+
+
+def close(mine: Tensor, theirs: Tensor) -> None:
+    assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+    tolerance = TOLERANCE.get(mine.dtype, 0.0)
+    scale = float(theirs.float().abs().max()) if theirs.numel() else 0.0
+    torch.testing.assert_close(mine, theirs, atol=tolerance * max(scale, 1e-3), rtol=tolerance)

@@ -15,15 +15,25 @@ import torch
 from torch import Tensor
 
 from icon2_rt import Direction, Runtime, ops
-from icon2_rt.ops import RowSampling, RowState, native
+from icon2_rt.ops import native
 from tests.models import random_prompts, random_vectors, tiny_llama, tiny_tokenizer
-from tests.op_inputs import attention_items, rand, row_state, row_steering, settings, step_of
+from tests.op_inputs import (
+    attention_items,
+    close,
+    per_row,
+    rand,
+    row_state,
+    row_steering,
+    run_both,
+    same_state,
+    settings,
+    step_of,
+    strided,
+)
 
 pytestmark = pytest.mark.skipif(native.why_not is not None, reason=f"no native extension here: {native.why_not}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What may lie between two roundings to the storage type of nearly the same number, relative to the largest.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 GUARD, POISON = 64, 0x5A
 
 
@@ -65,18 +75,6 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedMemory]:
     yield memory
     assert memory.buffers
     memory.check()
-
-
-def strided(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows with a gap between them, that begin at an odd place."""
-    return rand(rows, width + 5, dtype=dtype)[:, 3 : 3 + width]
-
-
-def close(mine: Tensor, theirs: Tensor) -> None:
-    assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-    tolerance = TOLERANCE.get(mine.dtype, 0.0)
-    scale = float(theirs.float().abs().max()) if theirs.numel() else 0.0
-    torch.testing.assert_close(mine, theirs, atol=tolerance * max(scale, 1e-3), rtol=tolerance)
 
 
 # --- the ops, one by one ---------------------------------------------------------------------------------------------
@@ -231,26 +229,6 @@ def test_attention_reads_nothing_beyond_the_length(isa):
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def run_both(logits: Tensor, how: RowSampling, steps: int = 1) -> tuple[RowState, RowState, list[RowSampling]]:
-    rows = len(logits)
-    states = [row_state([9] * rows, [r % 5 != 4 for r in range(rows)]) for _ in range(2)]
-    hows = [replace(how, seen=None if how.seen is None else how.seen.clone()) for _ in range(2)]
-    for _ in range(steps):
-        native.sample(logits, hows[0], states[0])
-        ops.sample(logits, hows[1], states[1])
-    return states[0], states[1], hows
-
-
-def same_state(mine: RowState, theirs: RowState) -> None:
-    for name in ("tokens", "positions", "generated", "running"):
-        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
-    torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=3e-5, rtol=1e-5)
-
-
-def per_row(values: list[float], rows: int, dtype: torch.dtype) -> Tensor:
-    return torch.tensor((values * rows)[:rows], dtype=dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [7, 975, 32003])
 @pytest.mark.parametrize(
@@ -272,7 +250,7 @@ def test_sample(isa, vocab, options, dtype):
     logits[:, 1] = logits[:, 3]  # equal scores share their fate
     kinds = {"top_k": torch.int32}
     fields = {name: per_row(values, rows, kinds.get(name, torch.float32)) for name, values in options.items()}
-    mine, theirs, _ = run_both(logits, settings(rows, vocab, **fields), steps=3 if vocab < 1000 else 1)
+    mine, theirs, _ = run_both(native.sample, logits, settings(rows, vocab, **fields), steps=3 if vocab < 1000 else 1)
     same_state(mine, theirs)
 
 
@@ -287,7 +265,7 @@ def test_sample_penalty_early_eos_budget_and_seats(isa):
         seen=torch.rand(rows, vocab) < 0.3, min_tokens=per_row([0, 5, 9], rows, torch.int32),
     )  # fmt: skip
     how = replace(how, budget=per_row([50, 6, 5], rows, torch.int32))
-    mine, theirs, hows = run_both(logits, how, steps=4)
+    mine, theirs, hows = run_both(native.sample, logits, how, steps=4)
     same_state(mine, theirs)
     assert hows[0].seen is not None and hows[1].seen is not None
     ran = mine.generated > 3

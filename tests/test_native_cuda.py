@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from icon2_rt import ops
 from icon2_rt.ops import RowSampling, RowState, native, native_cuda
-from tests.test_native import close, per_row, rand, row_state, same_state, settings, strided
+from tests.compiler import COMPILER, build
+from tests.op_inputs import close, per_row, rand, row_state, run_both, same_state, settings, strided
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = ("cuda/sample.cu", "cuda/skinny_linear.cu", "test/emulated.cpp")
-COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+KERNELS = ("cuda/sample.cu", "cuda/skinny_linear.cu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HALVES = [torch.bfloat16, torch.float16]
 GUARD, POISON = 256, 0x5A
@@ -32,28 +29,11 @@ GUARD, POISON = 256, 0x5A
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 
 
-def build(folder: Path, output: str, last: str, *flags: str) -> Path:
-    """The kernels and ``last`` as one program or library; a compiler for each file, at once."""
-    assert COMPILER is not None
-    sources = [*SOURCES[:2], last]
-    common = [COMPILER, "-std=c++17", "-w", "-fPIC", "-ffp-contract=off", f"-I{CSRC}", *flags]
-    runs = [
-        (subprocess.Popen([*common, "-c", "-x", "c++", str(CSRC / s), "-o", str(folder / f"{n}.o")], stderr=-1), s)
-        for n, s in enumerate(sources)
-    ]
-    for run, source in runs:
-        errors = run.communicate()[1]
-        assert run.returncode == 0, f"{source}: {errors.decode()}"
-    target = folder / output
-    shared = ["-shared"] if output.endswith(".so") else []
-    done = subprocess.run([*common, *shared, *(str(folder / f"{n}.o") for n in range(3)), "-o", str(target)])
-    assert done.returncode == 0
-    return target
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(tmp_path_factory.mktemp("emulated"), "emulated.so", SOURCES[2], "-O2")))
+    library = ctypes.CDLL(
+        str(build(tmp_path_factory.mktemp("emulated") / "emulated.so", [*KERNELS, "test/emulated.cpp"], "-O2"))
+    )
     library.emulated_sample_scratch.restype = library.emulated_linear_scratch.restype = ctypes.c_int64
     library.emulated_sample_scratch.argtypes = [ctypes.c_int64] * 2
     sizes = [ctypes.c_int64] * 3 + [ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p)]
@@ -100,18 +80,6 @@ def sample(emulated: ctypes.CDLL) -> Callable[[Tensor, RowSampling, RowState], N
     return run
 
 
-def both(
-    sample: Callable[..., None], logits: Tensor, how: RowSampling, steps: int = 1
-) -> tuple[RowState, RowState, RowSampling, RowSampling]:
-    rows = len(logits)
-    mine, theirs = (row_state([9] * rows, [r % 5 != 4 for r in range(rows)]) for _ in range(2))
-    hows = [replace(how, seen=None if how.seen is None else how.seen.clone()) for _ in range(2)]
-    for _ in range(steps):
-        sample(logits, hows[0], mine)
-        ops.sample(logits, hows[1], theirs)
-    return mine, theirs, hows[0], hows[1]
-
-
 OPTIONS = [
     {},
     {"temperature": [0.7, 1.0, 1.9]},
@@ -132,7 +100,7 @@ def test_sample(sample, vocab, spread, options, dtype):
     logits = (spread * strided(rows, vocab, torch.float32)).to(dtype)
     logits[:, 1] = logits[:, 3]  # equal scores share their fate
     fields = {name: per_row(v, rows, torch.int32 if name == "top_k" else torch.float32) for name, v in options.items()}
-    mine, theirs, *_ = both(sample, logits, settings(rows, vocab, **fields), steps=3 if vocab < 100 else 1)
+    mine, theirs, _ = run_both(sample, logits, settings(rows, vocab, **fields), steps=3 if vocab < 100 else 1)
     same_state(mine, theirs)
 
 
@@ -147,11 +115,11 @@ def test_sample_penalty_early_eos_budget_and_seats(sample):
         seen=torch.rand(rows, vocab) < 0.3, min_tokens=per_row([0, 5, 9], rows, torch.int32),
     )  # fmt: skip
     how = replace(how, budget=per_row([50, 6, 5], rows, torch.int32))
-    mine, theirs, my_how, their_how = both(sample, logits, how, steps=4)
+    mine, theirs, hows = run_both(sample, logits, how, steps=4)
     same_state(mine, theirs)
-    assert my_how.seen is not None and their_how.seen is not None
+    assert hows[0].seen is not None and hows[1].seen is not None
     ran = mine.generated > 3
-    assert torch.equal(my_how.seen[ran], their_how.seen[ran])
+    assert torch.equal(hows[0].seen[ran], hows[1].seen[ran])
     assert not ran.all() and mine.running.any() and not mine.running.all()
 
 
@@ -237,7 +205,7 @@ def test_linear_reads_no_weight_beyond_its_end(linear):
 def test_kernels_are_clean(sanitizers: str, tmp_path: Path) -> None:
     """No address outside a buffer, and no two threads at one place without a barrier between them."""
     flags = ("-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
-    program = build(tmp_path, "check", "test/check_cuda.cpp", *flags)
+    program = build(tmp_path / "check", [*KERNELS, "test/check_cuda.cpp"], *flags)
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run([str(program)], capture_output=True, text=True, env=os.environ | options)
     assert done.returncode == 0, done.stderr[-4000:]

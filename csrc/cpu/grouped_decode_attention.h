@@ -7,26 +7,10 @@
 template <class T, int NQ, int NP>
 static inline void score_tile(const float* q, int64_t stride, const T* const* k, int64_t d, float* scores,
                               int64_t span) {
-  V sum[NQ * NP];
-  ICON2_UNROLL
-  for (int i = 0; i < NQ * NP; ++i) sum[i] = vset(0.0f);
-  chunks(d, [&](int64_t i, int m) ICON2_INLINE {
-    V key[NP];
-    ICON2_UNROLL
-    for (int p = 0; p < NP; ++p) key[p] = vload(k[p] + i, m);
-    ICON2_UNROLL
-    for (int n = 0; n < NQ; ++n) {
-      V query = vload(q + n * stride + i, m);
-      vhold(query);
-      ICON2_UNROLL
-      for (int p = 0; p < NP; ++p) sum[n * NP + p] = vfma(query, key[p], sum[n * NP + p]);
-    }
-  });
   float total[NQ * NP];
-  vsums<NQ * NP>(sum, total);
-  ICON2_UNROLL
-  for (int n = 0; n < NQ; ++n) ICON2_UNROLL
-  for (int p = 0; p < NP; ++p) scores[n * span + p] = total[n * NP + p];
+  dots<NQ, NP>([&](int n) { return q + n * stride; }, [&](int p) { return k[p]; }, d, total);
+  for (int n = 0; n < NQ; ++n)
+    for (int p = 0; p < NP; ++p) scores[n * span + p] = total[n * NP + p];
 }
 
 template <class T, int NQ>

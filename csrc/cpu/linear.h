@@ -7,27 +7,11 @@
 template <class T, int R, int O>
 static inline void linear_tile(const T* x, int64_t x_stride, const T* weight, const T* bias, int64_t in, T* y,
                                int64_t y_stride) {
-  V sum[R * O];
-  ICON2_UNROLL
-  for (int i = 0; i < R * O; ++i) sum[i] = vset(0.0f);
-  chunks(in, [&](int64_t i, int m) ICON2_INLINE {
-    V w[O];
-    ICON2_UNROLL
-    for (int o = 0; o < O; ++o) w[o] = vload(weight + o * in + i, m);
-    ICON2_UNROLL
-    for (int r = 0; r < R; ++r) {
-      V v = vload(x + r * x_stride + i, m);
-      vhold(v);
-      ICON2_UNROLL
-      for (int o = 0; o < O; ++o) sum[r * O + o] = vfma(v, w[o], sum[r * O + o]);
-    }
-  });
   float total[R * O];
-  vsums<R * O>(sum, total);
-  ICON2_UNROLL
-  for (int r = 0; r < R; ++r) ICON2_UNROLL
-  for (int o = 0; o < O; ++o)
-    y[r * y_stride + o] = from_float<T>(total[r * O + o] + (bias == nullptr ? 0.0f : to_float(bias[o])));
+  dots<R, O>([&](int r) { return x + r * x_stride; }, [&](int o) { return weight + o * in; }, in, total);
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o)
+      y[r * y_stride + o] = from_float<T>(total[r * O + o] + (bias == nullptr ? 0.0f : to_float(bias[o])));
 }
 
 // All rows times O rows of the weight, which stay in the cache after the first tile; R rows at once, or what is left.

@@ -83,7 +83,7 @@ static int64_t race(const float* scores, const float* weights, int64_t n, float 
     const Words words = token_words(static_cast<uint32_t>(first >> 2), index, low, high);
     for (int j = 0; j < lanes; ++j) {
       const float weight = weights[first + j];
-      const float u = static_cast<float>(words.x[j]) * 2.3283064e-10f;
+      const float u = uniform_nearly(words.x[j]);
       if (!(weight > 0.0f) || u > limit * weight) continue;
       const double time = -std::log1p(-uniform(words.x[j])) /
                           std::exp(static_cast<double>(scores[first + j]) - static_cast<double>(most));
@@ -109,7 +109,7 @@ static void sample_row(const Sample& a, int64_t row, float* scores, float* weigh
   if (penalty != 1.0f) {
     const bool* seen = a.seen + row * n;
     for (int64_t i = 0; i < n; ++i)
-      if (seen[i]) scores[i] = scores[i] < 0.0f ? scores[i] * penalty : scores[i] / penalty;
+      if (seen[i]) scores[i] = penalised(scores[i], penalty);
   }
   const int32_t* eos = a.eos + row * a.eos_width;
   if (a.min_tokens != nullptr && a.generated[row] < a.min_tokens[row])
@@ -145,14 +145,7 @@ static void sample_row(const Sample& a, int64_t row, float* scores, float* weigh
                  static_cast<uint32_t>(a.seeds[2 * row]), static_cast<uint32_t>(a.seeds[2 * row + 1]));
   }
 
-  a.tokens[row] = token;
-  a.logprobs[row] = static_cast<float>(static_cast<double>(to_float(logits[token])) - raw_lse);
-  a.positions[row] += 1;
-  a.generated[row] += 1;
-  if (a.seen != nullptr) a.seen[row * n + token] = true;
-  bool ends = a.generated[row] >= a.budget[row];
-  for (int64_t e = 0; e < a.eos_width; ++e) ends |= eos[e] == token;
-  a.running[row] = !ends;
+  advance(a, row, token, static_cast<double>(to_float(logits[token])) - raw_lse);
 }
 
 template <class T>

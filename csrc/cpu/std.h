@@ -11,6 +11,8 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "shared/advance.h"
+#include "shared/draw.h"
 #include "shared/philox.h"
 #include "shared/select.h"
 #include "shared/softmax.h"

@@ -77,6 +77,28 @@ static inline float dot(const float* a, const float* b, int64_t n) {
   return vsum(vadd(sum, more));
 }
 
+// total[i * B + j] = ⟨a(i), b(j)⟩ over n numbers, for A rows a(i) and B rows b(j): as many sums at once as hide the
+// latency of a multiply-add. Each is one sum of W-wide partial sums in the order of the numbers, whatever A and B are.
+template <int A, int B, class RowA, class RowB>
+static inline void dots(const RowA& a, const RowB& b, int64_t n, float* total) {
+  V sum[A * B];
+  ICON2_UNROLL
+  for (int i = 0; i < A * B; ++i) sum[i] = vset(0.0f);
+  chunks(n, [&](int64_t at, int m) ICON2_INLINE {
+    V right[B];
+    ICON2_UNROLL
+    for (int j = 0; j < B; ++j) right[j] = vload(b(j) + at, m);
+    ICON2_UNROLL
+    for (int i = 0; i < A; ++i) {
+      V left = vload(a(i) + at, m);
+      vhold(left);
+      ICON2_UNROLL
+      for (int j = 0; j < B; ++j) sum[i * B + j] = vfma(left, right[j], sum[i * B + j]);
+    }
+  });
+  vsums<A * B>(sum, total);
+}
+
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Memory for the time of a call, not initialised.

@@ -2,10 +2,11 @@
 // and are not looked at; the kernels pass over those that are outside.
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <string>
 
 #include "cuda/kernels.h"
-#include "tensor.h"
+#include "sample_tensors.h"
 
 #ifndef ICON2_CUDA_BUILD  // setup.py says for which devices
 #define ICON2_CUDA_BUILD ""
@@ -19,11 +20,15 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-cuda::Stream stream_of(const Tensor& on, std::initializer_list<const Tensor*> others, uintptr_t stream) {
+template <class Others>
+void on_one_device(const Tensor& on, const Others& others) {
   for (const Tensor* other : others)
     if (*other && other->device() != on.device())
       throw py::value_error(other->name() + " is on CUDA device " + std::to_string(other->device()) + " and " +
                             on.name() + " on " + std::to_string(on.device()) + ": they must be on one");
+}
+
+cuda::Stream stream_of(const Tensor& on, uintptr_t stream) {
   return {on.device(), reinterpret_cast<void*>(stream)};  // NOLINT(performance-no-int-to-ptr): Python's is a number
 }
 
@@ -34,91 +39,34 @@ void room(const Tensor& scratch, int64_t bytes) {
                           std::to_string(scratch.size()));
 }
 
-Tensor on_cuda(const char* name, py::handle object, Kind kind) { return {name, object, kind, kDLCUDA}; }
-
-Tensor on_cuda_or_none(const char* name, py::handle object, Kind kind) {
-  return object.is_none() ? Tensor() : on_cuda(name, object, kind);
-}
-
 void aligned(const Tensor& tensor, int64_t stride) {
   if (tensor.size() == 0) return;
   if (reinterpret_cast<uintptr_t>(tensor.data()) % 16 != 0 || (tensor.dim(0) > 1 && stride % 8 != 0))
     throw py::value_error("the rows of " + tensor.name() + " must begin at multiples of 16 bytes");
 }
 
-void py_sample(py::handle logits_, py::handle sampled_, py::handle seeds_, py::handle temperature_, py::handle top_k_,
-               py::handle top_p_, py::handle min_p_, py::handle penalty_, py::handle seen_, py::handle eos_,
-               py::handle min_tokens_, py::handle budget_, py::handle tokens_, py::handle positions_,
-               py::handle generated_, py::handle running_, py::handle logprobs_, py::handle scratch_,
-               uintptr_t stream_) {
-  const Tensor logits = on_cuda("logits", logits_, Kind::floating), eos = on_cuda("eos", eos_, Kind::i32),
-               budget = on_cuda("budget", budget_, Kind::i32), tokens = on_cuda("tokens", tokens_, Kind::i64),
-               positions = on_cuda("positions", positions_, Kind::i32),
-               generated = on_cuda("generated", generated_, Kind::i32),
-               running = on_cuda("running", running_, Kind::boolean),
-               logprobs = on_cuda("logprobs", logprobs_, Kind::f32), scratch = on_cuda("scratch", scratch_, Kind::i64);
-  const Tensor sampled = on_cuda_or_none("sampled", sampled_, Kind::boolean),
-               seeds = on_cuda_or_none("seeds", seeds_, Kind::i64),
-               temperature = on_cuda_or_none("temperature", temperature_, Kind::f32),
-               top_k = on_cuda_or_none("top_k", top_k_, Kind::i32), top_p = on_cuda_or_none("top_p", top_p_, Kind::f32),
-               min_p = on_cuda_or_none("min_p", min_p_, Kind::f32),
-               penalty = on_cuda_or_none("repetition_penalty", penalty_, Kind::f32),
-               seen = on_cuda_or_none("seen", seen_, Kind::boolean),
-               min_tokens = on_cuda_or_none("min_tokens", min_tokens_, Kind::i32);
-  logits.shaped({-1, -1}).dense(1);
-  const int64_t rows = logits.dim(0), vocab = logits.dim(1);
-  if (vocab < 1 || vocab > cuda::kMostVocab)
-    throw py::value_error("the vocabulary must have 1 to " + std::to_string(cuda::kMostVocab) + " entries, not " +
-                          std::to_string(vocab));
-  if (rows > 65535) throw py::value_error("there may be 65535 rows, not " + std::to_string(rows));
-  for (const Tensor* t : {&budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &temperature, &top_k,
-                          &top_p, &min_p, &penalty, &min_tokens})
-    if (*t) t->shaped({rows}).dense();
-  eos.shaped({rows, -1}).dense();
-  if (seeds) seeds.shaped({rows, 2}).dense();
-  if (seen) seen.shaped({rows, vocab}).dense();
-  if (sampled && !seeds) throw py::value_error("rows that sample need seeds");
-  if (penalty && !seen) throw py::value_error("repetition_penalty needs seen");
-  room(scratch, cuda::sample_scratch(rows, vocab));
-  for (const Tensor* written : {&tokens, &positions, &generated, &running, &logprobs, &seen, &scratch})
-    written->apart({&logits, &eos, &budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &seeds,
-                    &temperature, &top_k, &top_p, &min_p, &penalty, &seen, &min_tokens, &scratch});
-  const cuda::Stream stream =
-      stream_of(logits,
-                {&eos, &budget, &tokens, &positions, &generated, &running, &logprobs, &sampled, &seeds, &temperature,
-                 &top_k, &top_p, &min_p, &penalty, &seen, &min_tokens, &scratch},
-                stream_);
-  const Sample a{rows,
-                 vocab,
-                 eos.dim(1),
-                 logits.dtype(),
-                 logits.data(),
-                 logits.stride(0),
-                 sampled.as<bool>(),
-                 seeds.as<int64_t>(),
-                 temperature.as<float>(),
-                 top_k.as<int32_t>(),
-                 top_p.as<float>(),
-                 min_p.as<float>(),
-                 penalty.as<float>(),
-                 seen.as<bool>(),
-                 eos.as<int32_t>(),
-                 min_tokens.as<int32_t>(),
-                 budget.as<int32_t>(),
-                 tokens.as<int64_t>(),
-                 positions.as<int32_t>(),
-                 generated.as<int32_t>(),
-                 running.as<bool>(),
-                 logprobs.as<float>()};
-  check(cuda::sample(a, scratch.data(), stream));
+void py_sample(py::handle logits, py::handle sampled, py::handle seeds, py::handle temperature, py::handle top_k,
+               py::handle top_p, py::handle min_p, py::handle penalty, py::handle seen, py::handle eos,
+               py::handle min_tokens, py::handle budget, py::handle tokens, py::handle positions, py::handle generated,
+               py::handle running, py::handle logprobs, py::handle scratch_, uintptr_t stream_) {
+  const SampleTensors t({logits, sampled, seeds, temperature, top_k, top_p, min_p, penalty, seen, eos, min_tokens,
+                         budget, tokens, positions, generated, running, logprobs},
+                        kDLCUDA, cuda::kMostVocab, std::to_string(cuda::kMostVocab).c_str());
+  const Tensor scratch("scratch", scratch_, Kind::i64, kDLCUDA);
+  if (t.rows() > 65535) throw py::value_error("there may be 65535 rows, not " + std::to_string(t.rows()));
+  room(scratch, cuda::sample_scratch(t.rows(), t.vocab()));
+  t.apart(scratch);
+  on_one_device(t.logits, t.all());
+  on_one_device(t.logits, std::array<const Tensor*, 1>{&scratch});
+  check(cuda::sample(t.arguments(), scratch.data(), stream_of(t.logits, stream_)));
 }
 
 void py_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_, py::handle y_,
                py::handle scratch_, uintptr_t stream_) {
-  const Tensor x = on_cuda("x", x_, Kind::floating), weight = on_cuda("weight", weight_, Kind::floating),
-               y = on_cuda("y", y_, Kind::floating), scratch = on_cuda("scratch", scratch_, Kind::i64);
-  const Tensor bias = on_cuda_or_none("bias", bias_, Kind::floating),
-               residual = on_cuda_or_none("residual", residual_, Kind::floating);
+  const Tensor x("x", x_, Kind::floating, kDLCUDA), weight("weight", weight_, Kind::floating, kDLCUDA),
+      y("y", y_, Kind::floating, kDLCUDA), scratch("scratch", scratch_, Kind::i64, kDLCUDA);
+  const Tensor bias = optional("bias", bias_, Kind::floating, kDLCUDA),
+               residual = optional("residual", residual_, Kind::floating, kDLCUDA);
   x.shaped({-1, -1}).dense(1);
   if (x.dtype() == DType::f32) throw py::type_error("x must be bfloat16 or float16, not float32");
   const int64_t rows = x.dim(0), in = x.dim(1);
@@ -137,9 +85,9 @@ void py_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle r
   room(scratch, cuda::kLinearScratch);
   y.apart({&x, &weight, &bias, &residual, &scratch});
   scratch.apart({&x, &weight, &bias, &residual});
-  const cuda::Stream stream = stream_of(x, {&weight, &bias, &residual, &y, &scratch}, stream_);
+  on_one_device(x, std::array<const Tensor*, 5>{&weight, &bias, &residual, &y, &scratch});
   const Linear a{rows, in, out, x.dtype(), x.data(), weight.data(), bias.as<void>(), x.stride(0), y.data()};
-  check(cuda::linear({a, residual.as<void>(), scratch.data()}, stream));
+  check(cuda::linear({a, residual.as<void>(), scratch.data()}, stream_of(x, stream_)));
 }
 
 py::object py_why_not(int device) {

@@ -3,9 +3,8 @@
 // 1. scan_kernel, a block per row and chunk of 4096 tokens, reads the chunk once: maximum and sum of exp of the raw
 //    logits for the log-probability, the best token for a greedy row, the winner of the race for a row that draws among
 //    all, and for a row that filters the mass of the chunk and the largest score of every group of 128 tokens.
-// 2. choose_kernel, a block per row, merges the chunks and advances the row's state. Where the row filters it first
-// finds
-//    the threshold by radix selection (shared/select.h), over few candidates where it can: as k groups whose largest
+// 2. choose_kernel, a block per row, merges the chunks and advances the row's state. Where the row filters it finds the
+//    threshold first, by radix selection (shared/select.h), over few candidates where it can: as k groups whose largest
 //    scores reach s hold k tokens that do, the k-th largest of the groups' largest scores is not above the k-th largest
 //    token; for top_p the 64th largest is tried, and is low enough where what reaches it has the mass. Only the groups
 //    that reach the bound are read again. Where the candidates are too many, or have too little of the mass (a flat
@@ -16,6 +15,7 @@
 // differ.
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "shared/advance.h"
 #include "shared/draw.h"
 #include "shared/select.h"
 
@@ -490,21 +490,16 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const Sample 
   }
   if (token < 0 || token >= vocab) token = vocab - 1;
   if (threadIdx.x != 0) return;
-  a.tokens[row] = token;
-  a.logprobs[row] = static_cast<float>(static_cast<double>(at(logits, token)) - shared.log_total);
-  a.positions[row] += 1;
-  const int generated = static_cast<int>(o.index) + 1;
-  a.generated[row] = generated;
-  if (a.seen != nullptr) a.seen[row * a.vocab + token] = true;
-  bool ends = generated >= a.budget[row];
-  for (int e = 0; e < o.n_eos; ++e) ends |= o.eos[e] == token;
-  a.running[row] = !ends;
+  advance(a, row, token, static_cast<double>(at(logits, token)) - shared.log_total);
 }
+
+int chunks_of(int64_t vocab) { return static_cast<int>((vocab + kChunk - 1) / kChunk); }
+int groups_of(int64_t vocab) { return static_cast<int>((vocab + kGroup - 1) / kGroup); }
 
 Scratch carve(const Sample& a, void* memory) {
   Scratch s{};
-  s.chunks = static_cast<int>((a.vocab + kChunk - 1) / kChunk);
-  s.groups = static_cast<int>((a.vocab + kGroup - 1) / kGroup);
+  s.chunks = chunks_of(a.vocab);
+  s.groups = groups_of(a.vocab);
   const int64_t n = a.rows * s.chunks;
   s.race_time = static_cast<double*>(memory);
   s.raw_max = reinterpret_cast<float*>(s.race_time + n);
@@ -520,8 +515,7 @@ Scratch carve(const Sample& a, void* memory) {
 }  // namespace
 
 int64_t sample_scratch(int64_t rows, int64_t vocab) {
-  const int64_t chunks = (vocab + kChunk - 1) / kChunk, groups = (vocab + kGroup - 1) / kGroup;
-  return rows * (chunks * (8 + 6 * 4) + groups * 4);
+  return rows * (int64_t{chunks_of(vocab)} * (8 + 6 * 4) + int64_t{groups_of(vocab)} * 4);
 }
 
 const char* sample(const Sample& a, void* scratch, const Stream& stream) {

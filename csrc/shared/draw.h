@@ -22,7 +22,7 @@ ICON2_HD float race_margin(float time) { return 1e-4f + 4e-6f * std::fabs(time);
 
 // Not above race_time, by one logarithm, as −log1p(−u) ≥ u. Not a number for a token that cannot win (score −inf).
 ICON2_HD float race_floor(uint32_t word, float score) {
-  const float u = static_cast<float>(word) * 2.3283064e-10f;
+  const float u = uniform_nearly(word);
 #ifdef __CUDA_ARCH__
   const float time = __logf(u) - score;
 #else
@@ -33,7 +33,7 @@ ICON2_HD float race_floor(uint32_t word, float score) {
 
 // Not below race_time. Where u is so close to 1 that fp32 cannot tell, nothing is said.
 ICON2_HD float race_ceiling(uint32_t word, float score) {
-  const float u = static_cast<float>(word) * 2.3283064e-10f;
+  const float u = uniform_nearly(word);
   if (!(u < 0.999f) || !(u > 0.0f)) return INFINITY;
   const float time = std::log(-std::log1p(-u)) - score;
   return time + race_margin(time);

@@ -30,6 +30,9 @@ ICON2_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32
 // The uniform draw of a word, in (0, 1): exact in double.
 ICON2_HD double uniform(uint32_t word) { return (static_cast<double>(word) + 0.5) * 2.3283064365386963e-10; }
 
+// The same in fp32, without the half and so not above it but for rounding: enough to dismiss a draw.
+ICON2_HD float uniform_nearly(uint32_t word) { return static_cast<float>(word) * 2.3283064e-10f; }
+
 // The words of tokens 4·block … 4·block + 3 for the index-th generated token of a row.
 ICON2_HD Words token_words(uint32_t block, uint32_t index, uint32_t seed_low, uint32_t seed_high) {
   return philox(block, index, 0, 0, seed_low, seed_high);

@@ -4,10 +4,7 @@
 // tests/test_native.py; here it only has to be finite, equal for one thread and several, and written in its place.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
-#include <random>
 #include <thread>
 #include <vector>
 
@@ -18,6 +15,7 @@
 #include "shared/select.h"
 #include "shared/softmax.h"
 #include "shared/steering.h"
+#include "test/checking.h"
 
 namespace icon2 {
 
@@ -37,29 +35,9 @@ void run_parallel(int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), voi
 
 using namespace icon2;
 
-#define CHECK(condition)                                                 \
-  if (!(condition)) {                                                    \
-    std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-    std::exit(1);                                                        \
-  }
-
 namespace {
 
-std::mt19937& rng() {
-  static std::mt19937 generator(0);
-  return generator;
-}
-
-float normal() { return std::normal_distribution<float>()(rng()); }
 int below(int n) { return static_cast<int>(rng()() % static_cast<unsigned>(n)); }
-
-template <class T>
-std::vector<T> normals(int64_t n, float scale = 1.0f) {
-  std::vector<T> v(static_cast<size_t>(n));
-  for (T& x : v) x = from_float<T>(scale * normal());
-  v.shrink_to_fit();
-  return v;
-}
 
 template <class T>
 std::vector<T> blank(int64_t n) {

@@ -2,36 +2,16 @@
 // are odd, and two runs, in which threads and blocks take turns differently, must give the same bytes. What the kernels
 // compute is tested against the references in tests/test_native_cuda.py, which builds and runs this too.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "test/checking.h"
 #include "test/emulate.h"
 
 using namespace icon2;
 
-#define CHECK(condition)                                                 \
-  if (!(condition)) {                                                    \
-    std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-    std::exit(1);                                                        \
-  }
-
 namespace {
-
-std::mt19937& rng() {
-  static std::mt19937 generator(0);
-  return generator;
-}
-
-template <class T>
-std::vector<T> normals(int64_t n, float scale = 1.0f) {
-  std::vector<T> v(static_cast<size_t>(n));
-  for (T& x : v) x = from_float<T>(scale * std::normal_distribution<float>()(rng()));
-  return v;
-}
 
 // std::vector<bool> has no pointer.
 struct Flags {

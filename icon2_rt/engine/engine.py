@@ -81,8 +81,8 @@ class Engine:
         spec = model.spec
         self.model, self.options = model, options
         heads = spec.n_heads // spec.n_kv_heads
-        kernels = model.ops.backend == "triton" or (model.ops.backend == "native" and model.device.type == "cuda")
-        if kernels and heads > ITEM_QUERIES:
+        fixed = model.ops.fixed
+        if fixed and heads > ITEM_QUERIES:
             raise ValueError(
                 f"this model has {heads} query heads for each KV head; the Triton kernels' tile holds {ITEM_QUERIES}. "
                 f"Use backend='reference'"
@@ -96,7 +96,7 @@ class Engine:
         self._prefixes: set[PinnedPrefix] = set()
         self._batches: list[Batch] = []
         cuda = model.device.type == "cuda"
-        self._manner = Manner(kernels, _BEHIND if kernels and cuda else 0, kernels and cuda and options.cuda_graphs)
+        self._manner = Manner(fixed, _BEHIND if fixed and cuda else 0, fixed and cuda and options.cuda_graphs)
 
     # ---------------------------------------------------------------- decoding
 

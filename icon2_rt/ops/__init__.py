@@ -34,8 +34,9 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native")
 class Ops:
     """One implementation of every op; same names, argument order and layout in all of them.
 
-    ``capture``, where a backend has it, runs a step of its ops and returns what repeats it on the same memory without
-    Python (or None: this one cannot be repeated so).
+    ``fixed``: their launches need buffers of one shape for every step, as a graph does, and pass over rows and items
+    without work. ``capture``, where a backend has it, runs a step of its ops and returns what repeats it on the same
+    memory without Python (or None: this one cannot be repeated so).
     """
 
     backend: Backend = "reference"
@@ -48,6 +49,7 @@ class Ops:
     silu_mul: Callable = silu_mul
     linear: Callable = linear
     sample: Callable = sample
+    fixed: bool = False
     capture: Callable[[Callable[[], object]], Callable[[], None] | None] | None = None
 
 
@@ -113,6 +115,7 @@ def triton_ops() -> Ops:
         prefill_attention=prefill_attention_by_library,
         silu_mul=silu_mul,
         sample=sample,
+        fixed=True,
     )
 
 

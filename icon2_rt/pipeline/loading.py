@@ -51,6 +51,15 @@ def glance(config: RunConfig) -> tuple[Any, Any]:
     return checkpoint, tokenizer
 
 
+def glance_frame(config: RunConfig) -> ChatFrame:
+    """The chat frame of the checkpoint's template, before its weights are read.
+
+    Raises:
+        ValueError: as :func:`glance`; no chat template, or one that cannot be used.
+    """
+    return chat_frame(glance(config)[1])
+
+
 def look(config: RunConfig) -> None:
     """Refuse what the checkpoint's config and tokenizer alone show not to work in a run.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.instructions import read_instructions, synthesise, without_duplicates
-from icon2_rt.pipeline.loading import end_tokens, glance, load_runtime, system_tokens
+from icon2_rt.pipeline.loading import end_tokens, glance_frame, load_runtime, system_tokens
 from icon2_rt.pipeline.preflight import preflight
 from icon2_rt.pipeline.stages import Watch, silent, to_lines
 from icon2_rt.pipeline.templates import chat_frame
@@ -19,7 +19,7 @@ def directions(config: RunConfig, watch: Watch = silent) -> DirectionSet:
     criteria, section = config.resolved_criteria(), config.directions
     preflight(config)
     given = read_instructions(section.features_file) if section.features_file is not None else None
-    chat_frame(glance(config)[1])
+    glance_frame(config)
     watch("model", 0, 1)
     rt = load_runtime(config)
     watch("model", 1, 1)
@@ -39,7 +39,7 @@ def directions(config: RunConfig, watch: Watch = silent) -> DirectionSet:
 def instructions(config: RunConfig, watch: Watch = silent) -> tuple[bytes, Mapping[str, int]]:
     """Step 2a: the model's own instructions as JSON lines, and the counts of what hygiene dropped."""
     section = config.instructions
-    chat_frame(glance(config)[1])
+    glance_frame(config)
     watch("model", 0, 1)
     rt = load_runtime(config)
     watch("model", 1, 1)
