@@ -1,54 +1,62 @@
 // Attention over paged KV for one query position per row.
 //
-// A unit of work is an item and a KV head: its K and V are read from memory once, for all rows and query heads of the
-// item; then each row's parts are merged in the order of their positions.
+// K and V of an item are read once and in the order of memory, for all its rows and query heads: a few positions of all
+// KV heads at a time, which stay in the first cache for as long as any query needs them. Then each row's parts are
+// merged in the order of their positions.
 
-// NQ queries [d] with stride `stride` times NP positions: scores[q][p].
+// NQ queries [d] with stride `stride` times NP positions: scores[q][p]. A position's numbers are those from `offset`
+// on.
 template <class T, int NQ, int NP>
-static inline void score_tile(const float* q, int64_t stride, const T* const* k, int64_t d, float* scores,
-                              int64_t span) {
+static inline void score_tile(const float* q, int64_t stride, const T* const* k, int64_t offset, int64_t d,
+                              float* scores, int64_t span) {
   float total[NQ * NP];
-  dots<NQ, NP>([&](int n) { return q + n * stride; }, [&](int p) { return k[p]; }, d, total);
-  for (int n = 0; n < NQ; ++n)
-    for (int p = 0; p < NP; ++p) scores[n * span + p] = total[n * NP + p];
+  dots<NQ, NP>([&](int n) { return q + n * stride; }, [&](int p) { return k[p] + offset; }, d, total);
+  for (int n = 0; n < NQ; ++n) std::memcpy(scores + n * span, total + n * NP, NP * sizeof(float));
 }
 
 template <class T, int NQ>
-static inline void score(const float* q, int64_t stride, const T* const* k, int64_t length, int64_t d, float* scores,
-                         int64_t span) {
-  constexpr int NP = 8 / NQ;
+static inline void score(const float* q, int64_t stride, const T* const* k, int64_t offset, int64_t length, int64_t d,
+                         float* scores, int64_t span) {
+  constexpr int NP = NQ >= 4 ? 2 : NQ == 3 ? 3 : 8 / NQ;
   int64_t p = 0;
-  for (; p + NP <= length; p += NP) score_tile<T, NQ, NP>(q, stride, k + p, d, scores + p, span);
-  for (; p < length; ++p) score_tile<T, NQ, 1>(q, stride, k + p, d, scores + p, span);
+  for (; p + NP <= length; p += NP) score_tile<T, NQ, NP>(q, stride, k + p, offset, d, scores + p, span);
+  for (; p < length; ++p) score_tile<T, NQ, 1>(q, stride, k + p, offset, d, scores + p, span);
 }
 
-// NQ queries' weighted sums over NV vectors of V's columns from `column` on; `m` numbers of the last vector exist.
+// NQ queries' weighted sums over NV vectors of V's columns, of whose last `m` numbers exist: `out`, or added to it.
 template <class T, int NQ, int NV>
-static inline void blend_tile(const float* weights, int64_t span, const T* const* v, int64_t length, int64_t column,
-                              int m, float* out, int64_t stride) {
+static inline void blend_tile(const float* weights, int64_t span, const T* const* v, int64_t offset, int64_t length,
+                              int m, bool first, float* out, int64_t stride) {
   V sum[NQ][NV];
-  for (int n = 0; n < NQ; ++n)
-    for (int j = 0; j < NV; ++j) sum[n][j] = vset(0.0f);
+  ICON2_UNROLL
+  for (int n = 0; n < NQ; ++n) ICON2_UNROLL
+  for (int j = 0; j < NV; ++j) sum[n][j] = first ? vset(0.0f) : vload(out + n * stride + j * W);
   for (int64_t p = 0; p < length; ++p) {
     V value[NV];
-    for (int j = 0; j < NV; ++j) value[j] = vload(v[p] + column + j * W, j == NV - 1 ? m : W);
+    ICON2_UNROLL
+    for (int j = 0; j < NV; ++j) value[j] = vload(v[p] + offset + j * W, j == NV - 1 ? m : W);
+    ICON2_UNROLL
     for (int n = 0; n < NQ; ++n) {
       const V weight = vset(weights[n * span + p]);
+      ICON2_UNROLL
       for (int j = 0; j < NV; ++j) sum[n][j] = vfma(weight, value[j], sum[n][j]);
     }
   }
-  for (int n = 0; n < NQ; ++n)
-    for (int j = 0; j < NV; ++j) vstore(out + n * stride + column + j * W, sum[n][j]);  // rows of `out` are padded
+  ICON2_UNROLL
+  for (int n = 0; n < NQ; ++n) ICON2_UNROLL
+  for (int j = 0; j < NV; ++j) vstore(out + n * stride + j * W, sum[n][j]);  // rows of `out` are padded
 }
 
 template <class T, int NQ>
-static inline void blend(const float* weights, int64_t span, const T* const* v, int64_t length, int64_t d, float* out,
-                         int64_t stride) {
-  int64_t column = 0;
-  for (; column + 4 * W <= d; column += 4 * W) blend_tile<T, NQ, 4>(weights, span, v, length, column, W, out, stride);
-  for (; column < d; column += W) {
-    const int64_t left = d - column;
-    blend_tile<T, NQ, 1>(weights, span, v, length, column, left < W ? static_cast<int>(left) : W, out, stride);
+static inline void blend(const float* weights, int64_t span, const T* const* v, int64_t offset, int64_t length,
+                         int64_t d, bool first, float* out, int64_t stride) {
+  constexpr int NV = NQ >= 4 ? 2 : 4;
+  int64_t i = 0;
+  for (; i + NV * W <= d; i += NV * W)
+    blend_tile<T, NQ, NV>(weights, span, v, offset + i, length, W, first, out + i, stride);
+  for (; i < d; i += W) {
+    const int m = d - i < W ? static_cast<int>(d - i) : W;
+    blend_tile<T, NQ, 1>(weights, span, v, offset + i, length, m, first, out + i, stride);
   }
 }
 
@@ -79,45 +87,78 @@ static inline SoftmaxPart soften(float* scores, int64_t length) {
   return {m, l};
 }
 
-// The item's queries of one KV head against its positions; results to their places in `parts` and `sums`.
+// f(head, begin, end) for a few of rows [0, length) at a time and each of their heads; `heads * d` numbers of a row
+// belong to them. The rows after them, up to `there`, are asked for meanwhile.
+template <class T, class F>
+static inline void walk(const T* const* rows, int64_t length, int64_t there, int64_t heads, int64_t d, F f) {
+  constexpr int64_t kBlock = 8192;  // bytes: a quarter of the first cache
+  const int64_t bytes = heads * d * static_cast<int64_t>(sizeof(T)), fit = kBlock / bytes / 4 * 4;
+  const int64_t block = fit > 4 ? fit : 4;
+  for (int64_t begin = 0; begin < length; begin += block) {
+    const int64_t end = begin + block < length ? begin + block : length;
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t to = end + (head + 1) * block / heads;
+      for (int64_t p = end + head * block / heads; p < to && p < there; ++p)
+        for (int64_t b = 0; b < bytes; b += 64) ask_for(reinterpret_cast<const char*>(rows[p]) + b);
+      f(head, begin, end);
+    }
+  }
+}
+
+// The item's queries of `heads` KV heads from `head` on against its positions; results to their places in `parts` and
+// `sums`.
 template <class T>
-static void attend_item(const Attention& a, int64_t item, int64_t kv_head, SoftmaxPart* parts, float* sums) {
+static void attend_item(const Attention& a, int64_t item, int64_t head, int64_t heads, SoftmaxPart* parts,
+                        float* sums) {
   const int64_t length = a.lengths[item], d = a.d, wide = padded(d), group = a.heads / a.kv_heads;
   const int32_t *rows = a.rows + item * a.rows_stride, *pages = a.pages + item * a.pages_stride;
   const int64_t most = a.width * group, span = padded(length);
-  Scratch<float> memory(most * (2 * wide + span));
-  float *q = memory.p, *out = q + most * wide, *scores = out + most * wide;
-  Scratch<const T*> k(length), v(length);
+
+  Scratch<const T*> kv(2 * length);  // K of every position, then V
   for (int64_t p = 0; p < length; ++pages) {
-    int64_t at = (*pages * a.page_size * a.kv_heads + kv_head) * d;
+    int64_t at = (*pages * a.page_size * a.kv_heads + head) * d;
     for (const int64_t end = p + a.page_size; p < end && p < length; ++p, at += a.kv_heads * d) {
-      k.p[p] = static_cast<const T*>(a.k_pages) + at;
-      v.p[p] = static_cast<const T*>(a.v_pages) + at;
+      kv.p[p] = static_cast<const T*>(a.k_pages) + at;
+      kv.p[length + p] = static_cast<const T*>(a.v_pages) + at;
     }
   }
 
-  Scratch<int64_t> places(most);  // of every query, in `parts`
+  Scratch<int64_t> places(most);  // of every query of the first head, in `parts`
+  Scratch<float> memory(heads * most * (2 * wide + span));
+  float *q = memory.p, *out = q + heads * most * wide, *scores = out + heads * most * wide;
   int64_t n = 0;
   for (int64_t i = 0; i < a.width; ++i) {
     const int64_t row = rows[i];
     if (row < 0 || a.n_splits[row] <= a.splits[item]) continue;
-    for (int64_t g = 0; g < group; ++g) {
-      const int64_t head = kv_head * group + g;
-      const T* from = static_cast<const T*>(a.q) + row * a.q_stride + head * d;
-      float* to = q + n * wide;
-      chunks(d, [&](int64_t j, int m) { vstore(to + j, vmul(vload(from + j, m), vset(a.scale)), m); });
-      places.p[n++] = (a.starts[row] + a.splits[item]) * a.heads + head;
+    for (int64_t g = 0; g < group; ++g, ++n) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const T* from = static_cast<const T*>(a.q) + row * a.q_stride + ((head + h) * group + g) * d;
+        float* to = q + (h * most + n) * wide;
+        chunks(d, [&](int64_t j, int m) { vstore(to + j, vmul(vload(from + j, m), vset(a.scale)), m); });
+      }
+      places.p[n] = (a.starts[row] + a.splits[item]) * a.heads + head * group + g;
     }
   }
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) score<T, 4>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
-  for (; i + 2 <= n; i += 2) score<T, 2>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
-  for (; i < n; ++i) score<T, 1>(q + i * wide, wide, k.p, length, d, scores + i * span, span);
-  for (i = 0; i < n; ++i) parts[places.p[i]] = soften(scores + i * span, length);
-  for (i = 0; i + 2 <= n; i += 2) blend<T, 2>(scores + i * span, span, v.p, length, d, out + i * wide, wide);
-  for (; i < n; ++i) blend<T, 1>(scores + i * span, span, v.p, length, d, out + i * wide, wide);
-  for (i = 0; i < n; ++i)
-    std::memcpy(sums + places.p[i] * wide, out + i * wide, static_cast<size_t>(wide) * sizeof(float));
+
+  walk(kv.p, length, 2 * length, heads, d, [&](int64_t h, int64_t begin, int64_t end) {
+    in_tiles(n, [&](auto size, int64_t i) {
+      score<T, decltype(size)::value>(q + (h * most + i) * wide, wide, kv.p + begin, h * d, end - begin, d,
+                                      scores + (h * most + i) * span + begin, span);
+    });
+  });
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < n; ++i) parts[places.p[i] + h * group] = soften(scores + (h * most + i) * span, length);
+  const T* const* v = kv.p + length;
+  walk(v, length, length, heads, d, [&](int64_t h, int64_t begin, int64_t end) {
+    in_tiles(n, [&](auto size, int64_t i) {
+      blend<T, decltype(size)::value>(scores + (h * most + i) * span + begin, span, v + begin, h * d, end - begin, d,
+                                      begin == 0, out + (h * most + i) * wide, wide);
+    });
+  });
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < n; ++i)
+      std::memcpy(sums + (places.p[i] + h * group) * wide, out + (h * most + i) * wide,
+                  static_cast<size_t>(wide) * sizeof(float));
 }
 
 template <class T>
@@ -136,10 +177,11 @@ static void attention_of(const Attention& a) {
   for (int64_t item = 0; item < a.n; ++item) longest = longest > a.lengths[item] ? longest : a.lengths[item];
   const int64_t queries = a.width * (a.heads / a.kv_heads);
   parallel_for(a.n * a.kv_heads, longest * d * (queries + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t item = unit / a.kv_heads;
+    for (int64_t unit = begin, heads = 0; unit < end; unit += heads) {
+      const int64_t item = unit / a.kv_heads, head = unit % a.kv_heads;
+      heads = a.kv_heads - head < end - unit ? a.kv_heads - head : end - unit;
       const bool holds = a.layers[2 * item] <= a.layer && a.layer < a.layers[2 * item + 1];
-      if (holds && a.lengths[item] > 0) attend_item<T>(a, item, unit % a.kv_heads, parts, sums);
+      if (holds && a.lengths[item] > 0) attend_item<T>(a, item, head, heads, parts, sums);
     }
   });
 

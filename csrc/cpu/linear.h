@@ -1,65 +1,138 @@
-// x Wᵀ (+ b) for the few rows of a decode step: W is read once, by all rows together.
+// x Wᵀ (+ b) for the few rows of a decode step: W is read once and in order, by all rows together.
 //
 // Every result is one sum of W-wide partial sums in the order of the inputs, whatever the tile it was computed in: a
 // row's result does not depend on the other rows, nor on how many there are.
 
-// R rows of x times O rows of the weight.
+template <class T>
+static inline const T* weight_row(const Linear& a, int64_t o) {
+  return static_cast<const T*>(a.weight) + o * a.in;
+}
+
+// The outputs o … o + n − 1 of a row.
+template <class T>
+static inline void finish(const Linear& a, int64_t row, int64_t o, int n, const float* total) {
+  T* y = static_cast<T*>(a.y) + row * a.out;
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int i = 0; i < n; ++i) y[o + i] = from_float<T>(total[i] + (bias == nullptr ? 0.0f : to_float(bias[o + i])));
+}
+
+// --- one row or two: their sums stay in registers from the first input to the last
+
+// All R rows times O outputs; the weights of the next O are asked for meanwhile.
 template <class T, int R, int O>
-static inline void linear_tile(const T* x, int64_t x_stride, const T* weight, const T* bias, int64_t in, T* y,
-                               int64_t y_stride) {
+static inline void linear_tile(const Linear& a, int64_t o) {
   float total[R * O];
-  dots<R, O>([&](int r) { return x + r * x_stride; }, [&](int o) { return weight + o * in; }, in, total);
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o)
-      y[r * y_stride + o] = from_float<T>(total[r * O + o] + (bias == nullptr ? 0.0f : to_float(bias[o])));
-}
-
-// All rows times O rows of the weight, which stay in the cache after the first tile; R rows at once, or what is left.
-template <class T, int R, int O>
-static inline void linear_rows(const Linear& a, int64_t o) {
-  const T* weight = static_cast<const T*>(a.weight) + o * a.in;
-  const T* bias = a.bias == nullptr ? nullptr : static_cast<const T*>(a.bias) + o;
-  const auto tile = [&](auto rows, int64_t r) {
-    linear_tile<T, decltype(rows)::value, O>(static_cast<const T*>(a.x) + r * a.x_stride, a.x_stride, weight, bias,
-                                             a.in, static_cast<T*>(a.y) + r * a.out + o, a.out);
-  };
-  int64_t r = 0;
-  for (; r + R <= a.rows; r += R) tile(std::integral_constant<int, R>(), r);
-  if constexpr (R == 4) {
-    if (a.rows - r == 3) tile(std::integral_constant<int, 3>(), r);
-    if (a.rows - r == 2) tile(std::integral_constant<int, 2>(), r);
-    if (a.rows - r == 1) tile(std::integral_constant<int, 1>(), r);
-  }
+  const T *x = static_cast<const T*>(a.x), *weight = weight_row<T>(a, o);
+  const AskInOrder<O * W* static_cast<int>(sizeof(T))> ask{reinterpret_cast<const char*>(weight + O * a.in)};
+  dots<R, O>([&](int r) { return x + r * a.x_stride; }, [&](int i) { return weight + i * a.in; }, a.in, total, ask);
+  for (int r = 0; r < R; ++r) finish<T>(a, r, o, O, total + r * O);
 }
 
 template <class T, int R, int O>
-static void linear_of(const Linear& a) {
-  parallel_for((a.out + O - 1) / O, O * a.in * (a.rows + 1) / 4, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      int64_t o = tile * O;
+static void linear_in_registers(const Linear& a) {
+  parallel_for((a.out + O - 1) / O, O * a.in * (R + 1) / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * O; o < end * O && o < a.out;) {
       if (o + O <= a.out) {
-        linear_rows<T, R, O>(a, o);
+        linear_tile<T, R, O>(a, o);
+        o += O;
       } else {
-        for (; o < a.out; ++o) linear_rows<T, R, 1>(a, o);
+        linear_tile<T, R, 1>(a, o++);
       }
     }
   });
 }
 
-// As many sums at once as hide the latency of a multiply-add and fit the registers.
+// --- more rows: a block of x at a time stays in the first cache while a few outputs' weights pass by
+
+constexpr int kGroup = 8;         // outputs whose sums are held in memory meanwhile
+constexpr int64_t kRows = 16;     // of a block
+constexpr int64_t kInputs = 256;  // of a block
+
+// f(row, rows, in, ins) for the blocks of x.
+template <class F>
+static inline void blocks_of_rows(int64_t rows, F f) {
+  for (int64_t row = 0; row < rows; row += kRows) f(row, row + kRows < rows ? kRows : rows - row);
+}
+template <class F>
+static inline void blocks_of_inputs(int64_t in, F f) {
+  for (int64_t i = 0; i < in; i += kInputs) f(i, i + kInputs < in ? kInputs : in - i);
+}
+
+// Continues the sums of R rows of a block and O outputs.
+template <class T, int R, int O>
+static inline void group_tile(const float* x, const T* weight, int64_t in, int64_t n, bool first, float* sums) {
+  V sum[R * O];
+  ICON2_UNROLL
+  for (int r = 0; r < R; ++r) ICON2_UNROLL
+  for (int o = 0; o < O; ++o) sum[r * O + o] = first ? vset(0.0f) : vload(sums + (r * kGroup + o) * W);
+  add_dots<R, O>([&](int r) { return x + r * n; }, [&](int o) { return weight + o * in; }, n, sum);
+  ICON2_UNROLL
+  for (int r = 0; r < R; ++r) ICON2_UNROLL
+  for (int o = 0; o < O; ++o) vstore(sums + (r * kGroup + o) * W, sum[r * O + o]);
+}
+
+// The last group may have fewer outputs. `x` is laid out in blocks, see `pack`.
 template <class T>
-static void linear_by_rows(const Linear& a) {
-  if (a.rows == 1) {
-    linear_of<T, 1, 8>(a);
-  } else if (a.rows == 2) {
-    linear_of<T, 2, 4>(a);
-  } else {
-    linear_of<T, 4, 2>(a);
-  }
+static void linear_group(const Linear& a, const float* x, int64_t group, float* sums) {
+  const T* weight = weight_row<T>(a, group * kGroup);
+  const int outs = a.out - group * kGroup < kGroup ? static_cast<int>(a.out - group * kGroup) : kGroup;
+  const char* next = reinterpret_cast<const char*>(weight + kGroup * a.in);
+  blocks_of_rows(a.rows, [&](int64_t row, int64_t rows) {
+    blocks_of_inputs(a.in, [&](int64_t i, int64_t n) {
+      for (int o = 0; o < outs; o += 2) {
+        if (row == 0) {  // once: the next group's weights, as much of them as is read of these
+          const int64_t bytes = 2 * n * static_cast<int64_t>(sizeof(T));
+          for (int64_t b = 0; b < bytes; b += 64) ask_for(next + b);
+          next += bytes;
+        }
+        in_tiles(rows, [&](auto size, int64_t r) {
+          constexpr int R = decltype(size)::value;
+          const auto tile = o + 1 < outs ? group_tile<T, R, 2> : group_tile<T, R, 1>;
+          tile(x + row * a.in + i * rows + r * n, weight + o * a.in + i, a.in, n, i == 0, sums + (r * kGroup + o) * W);
+        });
+      }
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      V sum[kGroup];
+      float total[kGroup];
+      for (int o = 0; o < kGroup; ++o) sum[o] = vload(sums + (r * kGroup + o) * W);
+      vsums<kGroup>(sum, total);
+      finish<T>(a, row + r, group * kGroup, outs, total);
+    }
+  });
+}
+
+// x as floats, in the order in which the groups read it: blocks of rows, blocks of their inputs, rows, inputs.
+template <class T>
+static void pack(const Linear& a, float* to) {
+  blocks_of_rows(a.rows, [&](int64_t row, int64_t rows) {
+    blocks_of_inputs(a.in, [&](int64_t i, int64_t n) {
+      for (int64_t r = 0; r < rows; ++r, to += n) {
+        const T* from = static_cast<const T*>(a.x) + (row + r) * a.x_stride + i;
+        chunks(n, [&](int64_t j, int m) { vstore(to + j, vload(from + j, m), m); });
+      }
+    });
+  });
+}
+
+template <class T>
+static void linear_by_groups(const Linear& a) {
+  Scratch<float> x(a.rows * a.in);
+  pack<T>(a, x.p);
+  parallel_for((a.out + kGroup - 1) / kGroup, kGroup * a.in * (a.rows + 1) / 4, [&](int64_t begin, int64_t end) {
+    Scratch<float> sums(kRows * kGroup * W);
+    std::memset(sums.p, 0, kRows * kGroup * W * sizeof(float));
+    for (int64_t group = begin; group < end; ++group) linear_group<T>(a, x.p, group, sums.p);
+  });
+}
+
+template <class T>
+static void linear_of(const Linear& a) {
+  a.rows == 1   ? linear_in_registers<T, 1, 8>(a)
+  : a.rows == 2 ? linear_in_registers<T, 2, 4>(a)
+                : linear_by_groups<T>(a);
 }
 
 static void linear(const Linear& a) {
-  a.dtype == DType::f32    ? linear_by_rows<float>(a)
-  : a.dtype == DType::bf16 ? linear_by_rows<bf16>(a)
-                           : linear_by_rows<f16>(a);
+  a.dtype == DType::f32 ? linear_of<float>(a) : a.dtype == DType::bf16 ? linear_of<bf16>(a) : linear_of<f16>(a);
 }

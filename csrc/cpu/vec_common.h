@@ -34,11 +34,9 @@ static inline void vsum8(const V* a, float* out) {
 // out[i] = vsum(a[i]) for n vectors.
 template <int n>
 static inline void vsums(const V* a, float* out) {
-  if (n == 8) {
-    vsum8(a, out);
-  } else {
-    for (int i = 0; i < n; ++i) out[i] = vsum(a[i]);
-  }
+  int i = 0;
+  for (; i + 8 <= n; i += 8) vsum8(a + i, out + i);
+  for (; i < n; ++i) out[i] = vsum(a[i]);
 }
 
 // f(i, n) for every W numbers of `size`; n < W at the end.
@@ -77,26 +75,102 @@ static inline float dot(const float* a, const float* b, int64_t n) {
   return vsum(vadd(sum, more));
 }
 
-// total[i * B + j] = ⟨a(i), b(j)⟩ over n numbers, for A rows a(i) and B rows b(j): as many sums at once as hide the
-// latency of a multiply-add. Each is one sum of W-wide partial sums in the order of the numbers, whatever A and B are.
-template <int A, int B, class RowA, class RowB>
-static inline void dots(const RowA& a, const RowB& b, int64_t n, float* total) {
-  V sum[A * B];
+// Asks for a cache line, and does not wait for it. The second cache is far enough: what comes into the first too early
+// drives out what is worked on. An address where there is nothing does no harm.
+static inline void ask_for(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
+// Asks for consecutive memory from `next` on, `step` bytes at a call. Memory gives its best to one who reads it in
+// order.
+template <int step>
+struct AskInOrder {
+  const char* next;
+  void operator()() {
+    for (int i = 0; i < step; i += 64) ask_for(next + i);
+    next += step;
+  }
+};
+
+struct AskNothing {
+  void operator()() const {}
+};
+
+// sum[i * B + j] += a(i) · b(j) over n numbers, as W partial sums, for A rows a(i) and B rows b(j): as many sums at
+// once as hide the latency of a multiply-add. Each is summed in the order of the numbers, whatever A and B are. `ask`
+// is called for every W numbers. (The loops are written out so that the sums stay in registers.)
+template <int A, int B, class RowA, class RowB, class Ask = AskNothing>
+static inline void add_dots(const RowA& a, const RowB& b, int64_t n, V* sum, Ask ask = Ask()) {
+  V s[A][B];
   ICON2_UNROLL
-  for (int i = 0; i < A * B; ++i) sum[i] = vset(0.0f);
-  chunks(n, [&](int64_t at, int m) ICON2_INLINE {
+  for (int i = 0; i < A; ++i) ICON2_UNROLL
+  for (int j = 0; j < B; ++j) s[i][j] = sum[i * B + j];
+  int64_t at = 0;
+  for (; at + W <= n; at += W) {
+    ask();
     V right[B];
     ICON2_UNROLL
-    for (int j = 0; j < B; ++j) right[j] = vload(b(j) + at, m);
+    for (int j = 0; j < B; ++j) right[j] = vload(b(j) + at);
     ICON2_UNROLL
     for (int i = 0; i < A; ++i) {
-      V left = vload(a(i) + at, m);
+      V left = vload(a(i) + at);
       vhold(left);
       ICON2_UNROLL
-      for (int j = 0; j < B; ++j) sum[i * B + j] = vfma(left, right[j], sum[i * B + j]);
+      for (int j = 0; j < B; ++j) s[i][j] = vfma(left, right[j], s[i][j]);
     }
-  });
+  }
+  if (at < n) {
+    const int left = static_cast<int>(n - at);
+    ICON2_UNROLL
+    for (int i = 0; i < A; ++i) ICON2_UNROLL
+    for (int j = 0; j < B; ++j) s[i][j] = vfma(vload_tail(a(i) + at, left), vload_tail(b(j) + at, left), s[i][j]);
+  }
+  ICON2_UNROLL
+  for (int i = 0; i < A; ++i) ICON2_UNROLL
+  for (int j = 0; j < B; ++j) sum[i * B + j] = s[i][j];
+}
+
+// total[i * B + j] = ⟨a(i), b(j)⟩ over n numbers.
+template <int A, int B, class RowA, class RowB, class Ask = AskNothing>
+static inline void dots(const RowA& a, const RowB& b, int64_t n, float* total, Ask ask = Ask()) {
+  V sum[A * B];
+  ICON2_UNROLL
+  for (int i = 0; i < A; ++i) ICON2_UNROLL
+  for (int j = 0; j < B; ++j) sum[i * B + j] = vset(0.0f);
+  add_dots<A, B>(a, b, n, sum, ask);
   vsums<A * B>(sum, total);
+}
+
+// f(size, i) for tiles of up to six of n rows, as even as can be: `size` (a constant, by its type) rows from i on.
+template <class F>
+static inline void in_tiles(int64_t n, F f) {
+  for (int64_t i = 0, size = 0; i < n; i += size) {
+    const int64_t left = n - i, tiles = (left + 5) / 6;
+    size = (left + tiles - 1) / tiles;
+    switch (size) {
+      case 6:
+        f(std::integral_constant<int, 6>(), i);
+        break;
+      case 5:
+        f(std::integral_constant<int, 5>(), i);
+        break;
+      case 4:
+        f(std::integral_constant<int, 4>(), i);
+        break;
+      case 3:
+        f(std::integral_constant<int, 3>(), i);
+        break;
+      case 2:
+        f(std::integral_constant<int, 2>(), i);
+        break;
+      default:
+        f(std::integral_constant<int, 1>(), i);
+    }
+  }
 }
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
