@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -121,7 +121,7 @@ def _as_ids(prompt: Any) -> list[int]:
             f"a prompt is a str, a list of chat messages or a list of token ids, not {type(prompt).__name__}"
         )
     for token in prompt:
-        if not isinstance(token, SupportsIndex) or isinstance(token, bool):
+        if not hasattr(token, "__index__") or isinstance(token, bool):
             raise TypeError(f"token ids are whole numbers, not {token!r} ({type(token).__name__})")
     return [index(token) for token in prompt]
 
