@@ -40,6 +40,8 @@ BEGUN=$SECONDS
 say() { echo "== $*" | tee -a "$LOG"; }
 
 prepare() {
+  "$PYTHON" -c 'import pytest, pytest_benchmark, pytest_timeout' 2>/dev/null ||
+    { echo "$PYTHON lacks pytest, pytest-benchmark or pytest-timeout: pip install 'icon2_rt[test]'" >&2; exit 1; }
   # In a fresh place and without importing it: is it this checkout that this Python has?
   local here="import sys; from importlib.util import find_spec; sys.exit(not find_spec('icon2_rt').origin.startswith('$ROOT/'))"
   (cd / && "$PYTHON" -c "$here" 2>/dev/null) && return
