@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from bench import RESULTS, ROOT
+from icon2_rt.versions import installed
 
 PACKAGES = ("icon2_rt", "torch", "triton", "transformers", "numpy", "safetensors")
 
@@ -33,7 +33,7 @@ def environment(where: torch.device | None = None) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
         "commit": commit,
         "changed_files": changed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -93,13 +93,6 @@ def _gpu(where: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> tuple[str | None, list[str]]:

@@ -5,8 +5,6 @@ Returns data; the command line prints it.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -18,6 +16,7 @@ import torch
 
 from icon2_rt import ops
 from icon2_rt.ops import prefill
+from icon2_rt.versions import installed
 
 State = Literal["ok", "missing", "note"]
 
@@ -66,10 +65,10 @@ def examine() -> list[Finding]:
 def _versions() -> list[Finding]:
     found = [
         Finding("versions", "python", platform.python_version(), advice=sys.executable),
-        Finding("versions", "icon2_rt", _installed("icon2_rt") or "not installed, imported from a folder"),
+        Finding("versions", "icon2_rt", installed("icon2_rt") or "not installed, imported from a folder"),
     ]
     for name, (low, high) in _NEEDED.items():
-        version = _installed(name)
+        version = installed(name)
         if version is None:
             state: State = "note" if name == "triton" and sys.platform != "linux" else "missing"
             found.append(Finding("versions", name, "not installed", state, f"needs {low} to below {high}"))
@@ -79,7 +78,7 @@ def _versions() -> list[Finding]:
             found.append(Finding("versions", name, version))
     found.append(_extension())
     for name, use in _OPTIONAL.items():
-        version = _installed(name)
+        version = installed(name)
         what = use if version is None else use.split(":")[0]
         found.append(Finding("versions", name, version or "not installed", "ok" if version else "note", what))
     return found
@@ -150,13 +149,6 @@ def _choice() -> list[Finding]:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -250,7 +250,7 @@ def test_doctor_says_what_would_be_used_and_why() -> None:
 
 def test_doctor_sees_wrong_and_missing_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torch": "2.9.1", "transformers": None, "triton": "3.7.1", "numpy": "2.4.6", "safetensors": "0.8.0"}
-    monkeypatch.setattr(doctor, "_installed", versions.get)
+    monkeypatch.setattr(doctor, "installed", versions.get)
     by_name = {f.name: f for f in doctor.examine() if f.section == "versions"}
     assert by_name["torch"].state == "note"
     assert "2.11" in by_name["torch"].advice

@@ -33,9 +33,9 @@ def arguments(op: str) -> tuple[Any, ...]:
         return (rand(3, 20),)
     if op == "add_steer_rmsnorm":
         steering = row_steering(5, 4, 20, 2)
-        return rand(5, 20), rand(5, 20), rand(20), 1e-5, *values(steering, STEERING), 2, torch.zeros(5, 3)
+        return rand(5, 20), rand(5, 20), rand(20), 1e-5, torch.zeros(5, 3), *values(steering, STEERING), 2
     if op == "add_steer_rmsnorm, no block before":
-        return None, rand(5, 20), rand(20), 1e-5
+        return None, rand(5, 20), rand(20), 1e-5, None
     if op == "rope_append":
         slots = torch.tensor([3, -1, 9])
         pages = rand(3, 4, 2, 8), rand(3, 4, 2, 8)
@@ -105,13 +105,13 @@ def same(one: Any, two: Any) -> None:
 
 
 def test_it_is_the_backends_op():
-    x, residual, weight, eps, *rest = arguments("add_steer_rmsnorm")
+    x, residual, weight, eps, written, *rest = arguments("add_steer_rmsnorm")
     steering, measured = row_steering(5, 4, 20, 2), torch.zeros(5, 3)
     for name, value in zip(STEERING, rest, strict=False):
         getattr(steering, name).copy_(value)
     expected = ops.add_steer_rmsnorm(x, residual, weight, eps, steering, 2, measured)
-    same(torch.ops.icon2_rt.add_steer_rmsnorm(x, residual, weight, eps, *rest), expected)
-    same(rest[-1], measured)
+    same(torch.ops.icon2_rt.add_steer_rmsnorm(x, residual, weight, eps, written, *rest), expected)
+    same(written, measured)
 
     logits, *others = arguments("sample")
     how, state = RowSampling(*others[:11]), RowState(*(t.clone() for t in others[11:]))
@@ -122,4 +122,4 @@ def test_it_is_the_backends_op():
 
 def test_half_a_steering_is_refused():
     with pytest.raises(ValueError, match="given together"):
-        library.add_steer_rmsnorm(None, rand(2, 8), rand(8), 1e-5, bank=rand(1, 2, 8))
+        library.add_steer_rmsnorm(None, rand(2, 8), rand(8), 1e-5, None, bank=rand(1, 2, 8))

@@ -155,6 +155,6 @@ def test_memory_that_runs_out_during_the_capture_is_known_behind_the_capture_s_o
 
 def test_a_model_with_more_heads_than_the_kernels_tile_is_refused_before_it_runs():
     rt = Runtime(tiny_llama(num_attention_heads=24, num_key_value_heads=1, head_dim=8), device="cpu")
-    model = replace(rt._engine.model, ops=Ops("triton"))
+    model = replace(rt._engine.model, ops=Ops("triton", fixed=True))
     with pytest.raises(ValueError, match=r"24 query heads for each KV head.*backend='reference'"):
         Engine(model, EngineOptions())

@@ -232,7 +232,8 @@ def engine_only(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         distribution = metadata.distribution(name)
         tops = {Path(str(file)).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
         for top in tops:
-            (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
+            if not (folder / top).exists():  # several distributions may share a namespace
+                (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
     for entry in installed.iterdir():
         if entry.name.startswith("icon2_rt"):
             (folder / entry.name).symlink_to(entry)

@@ -62,6 +62,7 @@ def add_steer_rmsnorm(
     residual: Tensor,
     weight: Tensor,
     eps: float,
+    measured: Tensor | None,
     bank: Tensor | None = None,
     count: Tensor | None = None,
     index: Tensor | None = None,
@@ -70,9 +71,9 @@ def add_steer_rmsnorm(
     keep_norm: Tensor | None = None,
     which: Tensor | None = None,
     layer: int = -1,
-    measured: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`icon2_rt.ops.add_steer_rmsnorm`; ``bank`` to ``which`` are the fields of its RowSteering, all or none."""
+    """:func:`icon2_rt.ops.add_steer_rmsnorm`; ``bank`` to ``which`` are the fields of its RowSteering, all or none.
+    ``measured`` (or None) comes before them: torch 2.11 looks for what is written among the arguments that it got."""
     fields = (bank, count, index, alpha, beta, keep_norm, which)
     given: list[Any] = [field for field in fields if field is not None]
     if given and len(given) < len(fields):
@@ -83,7 +84,7 @@ def add_steer_rmsnorm(
 
 
 @add_steer_rmsnorm.register_fake
-def _(x, residual, weight, eps, bank=None, count=None, index=None, alpha=None, beta=None, keep_norm=None, which=None, layer=-1, measured=None):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _(x, residual, weight, eps, measured, bank=None, count=None, index=None, alpha=None, beta=None, keep_norm=None, which=None, layer=-1):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape, dtype=weight.dtype)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from icon2_rt.engine.kv import page_bytes
+from icon2_rt.versions import installed
 
 if TYPE_CHECKING:
     from icon2_rt import Runtime
@@ -19,13 +19,7 @@ DECIDING = ("icon2_rt", "torch", "triton", "transformers", "tokenizers", "numpy"
 
 def versions(names: tuple[str, ...] = DECIDING) -> dict[str, str]:
     """Installed versions by distribution name; those that are not installed are left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in names if (version := installed(name)) is not None}
 
 
 def machine(rt: Runtime) -> dict[str, Any]:
