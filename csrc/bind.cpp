@@ -330,6 +330,7 @@ void py_attention(py::handle q_, py::handle k_pages_, py::handle v_pages_, py::h
   k_pages.shaped({-1, -1, -1, d}).dense().like(q);
   const int64_t page_size = k_pages.dim(1), kv_heads = k_pages.dim(2);
   v_pages.shaped({k_pages.dim(0), page_size, kv_heads, d}).dense().like(q);
+  if (d < 1 || page_size < 1) throw py::value_error("pages and heads must not be empty");
   if (kv_heads < 1 || heads % kv_heads)
     throw py::value_error(std::to_string(heads) + " query heads are not a multiple of " + std::to_string(kv_heads) +
                           " KV heads");

@@ -326,6 +326,12 @@ def test_mistakes_are_named_before_any_pointer_is_used():
         native.add_steer_rmsnorm(x, x, weight.to("meta"), 1e-6)
     with pytest.raises(ValueError, match="even width"):
         native.silu_mul(rand(2, 7))
+    state, tables = step_of([True] * 6)
+    items = attention_items(state, tables, 8, 4, 3)
+    for page_size, d in ((8, 0), (0, 8)):
+        pages = rand(72, page_size, 2, d)
+        with pytest.raises(ValueError, match="must not be empty"):
+            native.grouped_decode_attention(rand(6, 4, d), pages, pages, items, 1.0, 0)
 
 
 def test_indices_outside_are_refused():

@@ -87,19 +87,28 @@ static inline SoftmaxPart soften(float* scores, int64_t length) {
   return {m, l};
 }
 
-// f(head, begin, end) for a few of rows [0, length) at a time and each of their heads; `heads * d` numbers of a row
-// belong to them. The rows after them, up to `there`, are asked for meanwhile.
+template <class T>
+static inline void ask_for_rows(const T* const* rows, int64_t begin, int64_t end, int64_t bytes) {
+  for (int64_t p = begin; p < end; ++p)
+    for (int64_t b = 0; b < bytes; b += 64) ask_for(reinterpret_cast<const char*>(rows[p]) + b);
+}
+
+// How many rows are worked on at a time: those that take a quarter of the first cache, but as many as a tile at least.
+static inline int64_t block_of(int64_t bytes) {
+  const int64_t fit = 8192 / bytes / 8 * 8;
+  return fit > 8 ? fit : 8;
+}
+
+// f(head, begin, end) for a few of rows [0, length) at a time and each of their heads. The rows after them, up to
+// `there`, are asked for meanwhile; `bytes` of each.
 template <class T, class F>
-static inline void walk(const T* const* rows, int64_t length, int64_t there, int64_t heads, int64_t d, F f) {
-  constexpr int64_t kBlock = 8192;  // bytes: a quarter of the first cache
-  const int64_t bytes = heads * d * static_cast<int64_t>(sizeof(T)), fit = kBlock / bytes / 4 * 4;
-  const int64_t block = fit > 4 ? fit : 4;
+static inline void walk(const T* const* rows, int64_t length, int64_t there, int64_t heads, int64_t bytes, F f) {
+  const int64_t block = block_of(bytes);
   for (int64_t begin = 0; begin < length; begin += block) {
     const int64_t end = begin + block < length ? begin + block : length;
     for (int64_t head = 0; head < heads; ++head) {
-      const int64_t to = end + (head + 1) * block / heads;
-      for (int64_t p = end + head * block / heads; p < to && p < there; ++p)
-        for (int64_t b = 0; b < bytes; b += 64) ask_for(reinterpret_cast<const char*>(rows[p]) + b);
+      const int64_t from = end + head * block / heads, to = end + (head + 1) * block / heads;
+      ask_for_rows(rows, from, to < there ? to : there, bytes);
       f(head, begin, end);
     }
   }
@@ -113,15 +122,6 @@ static void attend_item(const Attention& a, int64_t item, int64_t head, int64_t 
   const int64_t length = a.lengths[item], d = a.d, wide = padded(d), group = a.heads / a.kv_heads;
   const int32_t *rows = a.rows + item * a.rows_stride, *pages = a.pages + item * a.pages_stride;
   const int64_t most = a.width * group, span = padded(length);
-
-  Scratch<const T*> kv(2 * length);  // K of every position, then V
-  for (int64_t p = 0; p < length; ++pages) {
-    int64_t at = (*pages * a.page_size * a.kv_heads + head) * d;
-    for (const int64_t end = p + a.page_size; p < end && p < length; ++p, at += a.kv_heads * d) {
-      kv.p[p] = static_cast<const T*>(a.k_pages) + at;
-      kv.p[length + p] = static_cast<const T*>(a.v_pages) + at;
-    }
-  }
 
   Scratch<int64_t> places(most);  // of every query of the first head, in `parts`
   Scratch<float> memory(heads * most * (2 * wide + span));
@@ -139,8 +139,21 @@ static void attend_item(const Attention& a, int64_t item, int64_t head, int64_t 
       places.p[n] = (a.starts[row] + a.splits[item]) * a.heads + head * group + g;
     }
   }
+  if (n == 0) return;
 
-  walk(kv.p, length, 2 * length, heads, d, [&](int64_t h, int64_t begin, int64_t end) {
+  Scratch<const T*> kv(2 * length);  // K of every position, then V
+  for (int64_t p = 0; p < length; ++pages) {
+    int64_t at = (*pages * a.page_size * a.kv_heads + head) * d;
+    for (const int64_t end = p + a.page_size; p < end && p < length; ++p, at += a.kv_heads * d) {
+      kv.p[p] = static_cast<const T*>(a.k_pages) + at;
+      kv.p[length + p] = static_cast<const T*>(a.v_pages) + at;
+    }
+  }
+
+  const int64_t bytes = heads * d * static_cast<int64_t>(sizeof(T)), block = block_of(bytes);
+  ask_for_rows(kv.p, 0, block < length ? block : length, bytes);
+
+  walk(kv.p, length, 2 * length, heads, bytes, [&](int64_t h, int64_t begin, int64_t end) {
     in_tiles(n, [&](auto size, int64_t i) {
       score<T, decltype(size)::value>(q + (h * most + i) * wide, wide, kv.p + begin, h * d, end - begin, d,
                                       scores + (h * most + i) * span + begin, span);
@@ -149,16 +162,16 @@ static void attend_item(const Attention& a, int64_t item, int64_t head, int64_t 
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t i = 0; i < n; ++i) parts[places.p[i] + h * group] = soften(scores + (h * most + i) * span, length);
   const T* const* v = kv.p + length;
-  walk(v, length, length, heads, d, [&](int64_t h, int64_t begin, int64_t end) {
+  walk(v, length, length, heads, bytes, [&](int64_t h, int64_t begin, int64_t end) {
     in_tiles(n, [&](auto size, int64_t i) {
       blend<T, decltype(size)::value>(scores + (h * most + i) * span + begin, span, v + begin, h * d, end - begin, d,
                                       begin == 0, out + (h * most + i) * wide, wide);
     });
   });
+  const size_t vectors = static_cast<size_t>((d + W - 1) / W * W) * sizeof(float);
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t i = 0; i < n; ++i)
-      std::memcpy(sums + (places.p[i] + h * group) * wide, out + (h * most + i) * wide,
-                  static_cast<size_t>(wide) * sizeof(float));
+      std::memcpy(sums + (places.p[i] + h * group) * wide, out + (h * most + i) * wide, vectors);
 }
 
 template <class T>
@@ -204,7 +217,7 @@ static void attention_of(const Attention& a) {
           if (part.l == 0.0f) continue;  // nothing was written at its place
           l += weight * part.l;
           const float* sum = sums + (first + s * a.heads) * wide;
-          for (int64_t j = 0; j < wide; j += W)
+          for (int64_t j = 0; j < d; j += W)
             vstore(merged.p + j, vfma(vset(weight), vload(sum + j), vload(merged.p + j)));
         }
         const V inverse = vset(n > 0 ? (l == l ? inverse_mass(l) : l) : 0.0f);

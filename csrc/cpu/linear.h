@@ -1,7 +1,7 @@
-// x Wᵀ (+ b) for the few rows of a decode step: W is read once and in order, by all rows together.
+// x · weightᵀ (+ bias) for the few rows of a decode step: the weight comes from memory once and in order, for all rows.
 //
-// Every result is one sum of W-wide partial sums in the order of the inputs, whatever the tile it was computed in: a
-// row's result does not depend on the other rows, nor on how many there are.
+// Every result is one sum of W partial sums in the order of the inputs, whatever the tile it was computed in: a row's
+// result does not depend on the other rows, nor on how many there are (but for which NaN a NaN is).
 
 template <class T>
 static inline const T* weight_row(const Linear& a, int64_t o) {
@@ -121,6 +121,7 @@ static void linear_by_groups(const Linear& a) {
   pack<T>(a, x.p);
   parallel_for((a.out + kGroup - 1) / kGroup, kGroup * a.in * (a.rows + 1) / 4, [&](int64_t begin, int64_t end) {
     Scratch<float> sums(kRows * kGroup * W);
+    // In the last group some are read that no output writes.
     std::memset(sums.p, 0, kRows * kGroup * W * sizeof(float));
     for (int64_t group = begin; group < end; ++group) linear_group<T>(a, x.p, group, sums.p);
   });
