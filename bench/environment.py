@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench import RESULTS, ROOT
-from icon2_rt.versions import installed
+from icon2_rt.versions import versions
 
 PACKAGES = ("icon2_rt", "torch", "triton", "transformers", "numpy", "safetensors")
 
@@ -33,7 +33,7 @@ def environment(where: torch.device | None = None) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": versions(PACKAGES),
         "commit": commit,
         "changed_files": changed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

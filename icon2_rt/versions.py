@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable
 
 
 def installed(name: str) -> str | None:
@@ -17,3 +18,8 @@ def installed(name: str) -> str | None:
 
         return str(torch.__version__)
     return found
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those of ``names`` that are installed."""
+    return {name: version for name in names if (version := installed(name)) is not None}

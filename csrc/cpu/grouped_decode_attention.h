@@ -15,8 +15,8 @@ static inline void score_tile(const float* q, int64_t stride, const T* const* k,
 }
 
 template <class T, int NQ>
-static inline void score(const float* q, int64_t stride, const T* const* k, int64_t offset, int64_t length, int64_t d,
-                         float* scores, int64_t span) {
+ICON2_APART static void score(const float* q, int64_t stride, const T* const* k, int64_t offset, int64_t length,
+                              int64_t d, float* scores, int64_t span) {
   constexpr int NP = NQ >= 4 ? 2 : NQ == 3 ? 3 : 8 / NQ;
   int64_t p = 0;
   for (; p + NP <= length; p += NP) score_tile<T, NQ, NP>(q, stride, k + p, offset, d, scores + p, span);
@@ -48,8 +48,8 @@ static inline void blend_tile(const float* weights, int64_t span, const T* const
 }
 
 template <class T, int NQ>
-static inline void blend(const float* weights, int64_t span, const T* const* v, int64_t offset, int64_t length,
-                         int64_t d, bool first, float* out, int64_t stride) {
+ICON2_APART static void blend(const float* weights, int64_t span, const T* const* v, int64_t offset, int64_t length,
+                              int64_t d, bool first, float* out, int64_t stride) {
   constexpr int NV = NQ >= 4 ? 2 : 4;
   int64_t i = 0;
   for (; i + NV * W <= d; i += NV * W)
@@ -89,8 +89,7 @@ static inline SoftmaxPart soften(float* scores, int64_t length) {
 
 template <class T>
 static inline void ask_for_rows(const T* const* rows, int64_t begin, int64_t end, int64_t bytes) {
-  for (int64_t p = begin; p < end; ++p)
-    for (int64_t b = 0; b < bytes; b += 64) ask_for(reinterpret_cast<const char*>(rows[p]) + b);
+  for (int64_t p = begin; p < end; ++p) ask_for(rows[p], bytes);
 }
 
 // How many rows are worked on at a time: those that take a quarter of the first cache, but as many as a tile at least.
@@ -99,11 +98,11 @@ static inline int64_t block_of(int64_t bytes) {
   return fit > 8 ? fit : 8;
 }
 
-// f(head, begin, end) for a few of rows [0, length) at a time and each of their heads. The rows after them, up to
+// f(head, begin, end) for `block` of rows [0, length) at a time and each of their heads. The rows after them, up to
 // `there`, are asked for meanwhile; `bytes` of each.
 template <class T, class F>
-static inline void walk(const T* const* rows, int64_t length, int64_t there, int64_t heads, int64_t bytes, F f) {
-  const int64_t block = block_of(bytes);
+static inline void walk(const T* const* rows, int64_t length, int64_t there, int64_t heads, int64_t bytes,
+                        int64_t block, F f) {
   for (int64_t begin = 0; begin < length; begin += block) {
     const int64_t end = begin + block < length ? begin + block : length;
     for (int64_t head = 0; head < heads; ++head) {
@@ -153,7 +152,7 @@ static void attend_item(const Attention& a, int64_t item, int64_t head, int64_t 
   const int64_t bytes = heads * d * static_cast<int64_t>(sizeof(T)), block = block_of(bytes);
   ask_for_rows(kv.p, 0, block < length ? block : length, bytes);
 
-  walk(kv.p, length, 2 * length, heads, bytes, [&](int64_t h, int64_t begin, int64_t end) {
+  walk(kv.p, length, 2 * length, heads, bytes, block, [&](int64_t h, int64_t begin, int64_t end) {
     in_tiles(n, [&](auto size, int64_t i) {
       score<T, decltype(size)::value>(q + (h * most + i) * wide, wide, kv.p + begin, h * d, end - begin, d,
                                       scores + (h * most + i) * span + begin, span);
@@ -162,7 +161,7 @@ static void attend_item(const Attention& a, int64_t item, int64_t head, int64_t 
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t i = 0; i < n; ++i) parts[places.p[i] + h * group] = soften(scores + (h * most + i) * span, length);
   const T* const* v = kv.p + length;
-  walk(v, length, length, heads, bytes, [&](int64_t h, int64_t begin, int64_t end) {
+  walk(v, length, length, heads, bytes, block, [&](int64_t h, int64_t begin, int64_t end) {
     in_tiles(n, [&](auto size, int64_t i) {
       blend<T, decltype(size)::value>(scores + (h * most + i) * span + begin, span, v + begin, h * d, end - begin, d,
                                       begin == 0, out + (h * most + i) * wide, wide);

@@ -82,7 +82,7 @@ static void linear_group(const Linear& a, const float* x, int64_t group, float* 
       for (int o = 0; o < outs; o += 2) {
         if (row == 0) {  // once: the next group's weights, as much of them as is read of these
           const int64_t bytes = 2 * n * static_cast<int64_t>(sizeof(T));
-          for (int64_t b = 0; b < bytes; b += 64) ask_for(next + b);
+          ask_for(next, bytes);
           next += bytes;
         }
         in_tiles(rows, [&](auto size, int64_t r) {

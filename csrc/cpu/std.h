@@ -18,11 +18,14 @@
 #include "shared/softmax.h"
 #include "shared/steering.h"
 
-// For the lambda and the short loops around an inner loop's sums, which would otherwise live in memory.
+// For the lambda and the short loops around an inner loop's sums, which would otherwise live in memory; and for inner
+// loops of many sizes, which would spoil each other's registers in one function.
 #if defined(__GNUC__) || defined(__clang__)
 #define ICON2_INLINE __attribute__((always_inline))
 #define ICON2_UNROLL _Pragma("GCC unroll 8")
+#define ICON2_APART __attribute__((noinline))
 #else
 #define ICON2_INLINE
 #define ICON2_UNROLL
+#define ICON2_APART
 #endif

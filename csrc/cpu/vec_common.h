@@ -75,13 +75,13 @@ static inline float dot(const float* a, const float* b, int64_t n) {
   return vsum(vadd(sum, more));
 }
 
-// Asks for a cache line, and does not wait for it. The second cache is far enough: what comes into the first too early
-// drives out what is worked on. An address where there is nothing does no harm.
-static inline void ask_for(const void* p) {
+// Asks for the cache lines of `bytes` from p on, and does not wait for them. The second cache is far enough: what comes
+// into the first too early drives out what is worked on. An address where there is nothing does no harm.
+static inline void ask_for(const void* p, int64_t bytes) {
 #if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(p, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 #else
-  (void)p;
+  (void)p, (void)bytes;
 #endif
 }
 
@@ -91,7 +91,7 @@ template <int step>
 struct AskInOrder {
   const char* next;
   void operator()() {
-    for (int i = 0; i < step; i += 64) ask_for(next + i);
+    ask_for(next, step);
     next += step;
   }
 };
@@ -145,31 +145,22 @@ static inline void dots(const RowA& a, const RowB& b, int64_t n, float* total, A
   vsums<A * B>(sum, total);
 }
 
+// f(size, i) for one tile of `wanted` rows, at most `size`.
+template <int size, class F>
+static inline void in_tile(int64_t wanted, int64_t i, F& f) {
+  if constexpr (size > 1) {
+    if (wanted < size) return in_tile<size - 1>(wanted, i, f);
+  }
+  f(std::integral_constant<int, size>(), i);
+}
+
 // f(size, i) for tiles of up to six of n rows, as even as can be: `size` (a constant, by its type) rows from i on.
 template <class F>
 static inline void in_tiles(int64_t n, F f) {
   for (int64_t i = 0, size = 0; i < n; i += size) {
     const int64_t left = n - i, tiles = (left + 5) / 6;
     size = (left + tiles - 1) / tiles;
-    switch (size) {
-      case 6:
-        f(std::integral_constant<int, 6>(), i);
-        break;
-      case 5:
-        f(std::integral_constant<int, 5>(), i);
-        break;
-      case 4:
-        f(std::integral_constant<int, 4>(), i);
-        break;
-      case 3:
-        f(std::integral_constant<int, 3>(), i);
-        break;
-      case 2:
-        f(std::integral_constant<int, 2>(), i);
-        break;
-      default:
-        f(std::integral_constant<int, 1>(), i);
-    }
+    in_tile<6>(size, i, f);
   }
 }
 

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from icon2_rt.engine.kv import page_bytes
-from icon2_rt.versions import installed
 
 if TYPE_CHECKING:
     from icon2_rt import Runtime
 
 # What decodes, tokenises and writes; another version of any of these may give other bytes.
 DECIDING = ("icon2_rt", "torch", "triton", "transformers", "tokenizers", "numpy", "pyarrow")
-
-
-def versions(names: tuple[str, ...] = DECIDING) -> dict[str, str]:
-    """Installed versions by distribution name; those that are not installed are left out."""
-    return {name: version for name in names if (version := installed(name)) is not None}
 
 
 def machine(rt: Runtime) -> dict[str, Any]:

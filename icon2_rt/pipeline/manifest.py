@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icon2_rt.pipeline.config import PAPER_TRAINING, RunConfig
-from icon2_rt.pipeline.environment import machine, versions
+from icon2_rt.pipeline.environment import DECIDING, machine
 from icon2_rt.pipeline.files import sha256
 from icon2_rt.pipeline.functions import function_file
 from icon2_rt.pipeline.instructions import instruction_sampling
 from icon2_rt.pipeline.pairs import response_sampling
 from icon2_rt.pipeline.sampling import stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
+from icon2_rt.versions import versions
 
 if TYPE_CHECKING:
     from icon2_rt import Runtime
@@ -50,7 +51,7 @@ def found(rt: Runtime, frame: ChatFrame) -> dict[str, Any]:
             "vocab_size": rt.spec.vocab_size,
         },
         "chat_template": frame.to_dict(),
-        "versions": versions(),
+        "versions": versions(DECIDING),
         "machine": machine(rt),
     }
 
