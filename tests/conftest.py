@@ -21,6 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.interpreter import mend_bf16
+
+        mend_bf16()
 
 
 @pytest.hookimpl(trylast=True)  # tests/gpu marks its own first

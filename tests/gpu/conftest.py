@@ -2,7 +2,7 @@
 
 ``GPU_LANE_DEVICE=cpu pytest tests/gpu`` runs what it can on the CPU, with the reference ops in the fixed buffers that
 graphs read: that shows that the tests are right, not the kernels. With ``TRITON_INTERPRET=1`` in front it is the
-kernels, under Triton's interpreter: slow, and wrong in bf16 (``-k "not bf16 and not bfloat16"``).
+kernels, under Triton's interpreter: slow; bf16 is right there by tests/interpreter.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The interpret lane: Triton kernels run by its interpreter, on a CPU, against the reference.
 
 The interpreter is chosen when ``@triton.jit`` runs, so this lane is a process of its own: ``make test`` runs
-``TRITON_INTERPRET=1 pytest tests/interpret``. bf16 is wrong there (stores truncate): fp32 and fp16 only.
+``TRITON_INTERPRET=1 pytest tests/interpret``. bf16 is what a GPU makes of it only with tests/interpreter.py.
 """
 
 from __future__ import annotations

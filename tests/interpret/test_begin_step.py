@@ -7,7 +7,8 @@ import torch
 
 from icon2_rt import ops
 from icon2_rt.kernels.begin_step import begin_step
-from icon2_rt.ops import AttentionItems, RowState
+from icon2_rt.ops import AttentionItems, RowState, rotary
+from tests.losses import DTYPES, no_worse
 
 PAGE_SIZE, SPLIT_PAGES = 4, 3
 SPLIT = PAGE_SIZE * SPLIT_PAGES
@@ -39,7 +40,7 @@ def items(n: int, width: int, batch: int, g: torch.Generator, count: int) -> Att
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "n", "width", "count", "half"),
     [(1, 1, 1, 1, 8), (5, 40, 2, 33, 16), (7, 300, 5, 300, 40), (3, 128, 16, 0, 64), (4, 129, 8, 129, 24)],
@@ -58,9 +59,12 @@ def test_equals_the_reference(batch: int, n: int, width: int, count: int, half: 
         assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
     assert slots.dtype == torch.int64
     assert torch.equal(slots, expected[0])
-    tolerance = {"rtol": 0.0, "atol": 1e-6 if dtype == torch.float32 else 1e-3}
-    torch.testing.assert_close(cos, expected[1], **tolerance)
-    torch.testing.assert_close(sin, expected[2], **tolerance)
+    for ours_, theirs_, exact in zip(
+        (cos, sin), expected[1:], rotary(state.positions, inv_freq, 1.25, torch.float32), strict=True
+    ):
+        no_worse(ours_, theirs_, exact)
+        if dtype == torch.float32:
+            torch.testing.assert_close(ours_, theirs_, rtol=0.0, atol=1e-6)
     for name, value in before.items():
         assert torch.equal(getattr(state, name), value), name
 

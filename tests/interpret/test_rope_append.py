@@ -7,6 +7,7 @@ from torch import Tensor
 from icon2_rt import ops
 from icon2_rt.kernels.rope_append import rope_append
 from icon2_rt.ops import rotary
+from tests.losses import DTYPES, no_worse
 
 
 def arguments(rows: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype, norm: bool) -> tuple[Tensor, ...]:
@@ -26,11 +27,18 @@ def check(args: tuple, slots: Tensor, kv_heads: int, d: int, exact: bool) -> Non
     q = rope_append(*args, 1e-6, *ours, slots)
     assert q.is_contiguous()
     assert q.dtype == dtype
-    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 2e-3, "atol": 4e-3}
-    if dtype == torch.float32:
-        tolerance = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(q, ops.rope_append(*args, 1e-6, *theirs, slots), **tolerance)
-    torch.testing.assert_close(ours[0], theirs[0], **tolerance)
+    wide = [t.float() for t in theirs]
+    expected = ops.rope_append(*args, 1e-6, *theirs, slots)
+    upcast = [None if t is None else t.float() for t in args]
+    for got, right, in_full in (
+        (q, expected, ops.rope_append(*upcast, 1e-6, *wide, slots)),
+        (ours[0], theirs[0], wide[0]),
+    ):
+        if exact and dtype != torch.float32:
+            assert torch.equal(got, right)
+        no_worse(got, right, in_full)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
     assert torch.equal(ours[1], theirs[1])
     untouched = torch.ones(20, dtype=torch.bool)
     untouched[slots[slots >= 0]] = False
@@ -38,14 +46,14 @@ def check(args: tuple, slots: Tensor, kv_heads: int, d: int, exact: bool) -> Non
         assert (pages.view(20, -1)[untouched] == 7.0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d"),
     [(1, 1, 16), (4, 2, 32), (6, 1, 8), (7, 1, 80), (12, 2, 128), (14, 2, 64), (28, 4, 96), (8, 8, 112), (8, 1, 256)],
 )
 def test_equals_the_reference(heads: int, kv_heads: int, d: int, norm: bool, dtype: torch.dtype) -> None:
-    # Without a norm every operation is one of torch's, rounded where torch rounds: fp16 is equal to the bit.
+    # Without a norm every operation is one of torch's, rounded where torch rounds: fp16 and bf16 are equal to the bit.
     args = arguments(3, heads, kv_heads, d, dtype, norm)
     check(args, torch.tensor([13, -1, 4]), kv_heads, d, exact=not norm)
 

@@ -17,6 +17,7 @@ from icon2_rt import ops
 from icon2_rt.kernels import sample as module
 from icon2_rt.kernels.sample import sample
 from icon2_rt.ops import RowSampling, RowState
+from tests.losses import DTYPES
 
 VOCAB = 975
 
@@ -95,7 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     check(logits(4).to(dtype), settings(4, **SETTINGS[name]))
