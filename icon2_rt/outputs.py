@@ -16,9 +16,12 @@ class Completion:
     """One finished branch.
 
     ``token_ids`` are the generated tokens, the ending eos included; ``logprobs`` their log-softmax under the raw
-    logits of the steered model (before any processor), natural log; ``text`` is their decoding without special tokens
-    (None without a tokenizer). ``seed`` is the row seed: passed as ``seed=[seed]`` it reproduces the row alone (None
-    when decoding was greedy).
+    logits of the steered model (before any processor), natural log; ``text`` is how they read behind the prompt,
+    without special tokens (None without a tokenizer). ``seed`` is the row seed: passed as ``seed=[seed]`` it reproduces
+    the row alone (None when decoding was greedy).
+
+    ``message`` is the content of the assistant's message that answers a chat, where that is not ``text``: it begins
+    with what the chat's last message had begun, and leaves out a first space that the chat template brings itself.
     """
 
     text: str | None
@@ -26,6 +29,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     seed: int | None
+    message: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class PairedOutput:
     def to_preference(self) -> dict[str, Any]:
         """TRL's preference record ``{prompt, chosen, rejected}``: messages if the prompt was a chat, else strings.
 
+        A last message of the assistant, which both responses continue, is the beginning of both in the record.
+
         Raises:
             ValueError: the prompt was token ids, or the runtime had no tokenizer: there is no text to write.
         """
@@ -59,11 +65,13 @@ class PairedOutput:
         messages = [dict(part) for part in self.prompt if isinstance(part, Mapping)]
         if not messages:
             raise ValueError("to_preference() needs a text or chat prompt; this one was given as token ids")
-        return {
-            "prompt": messages,
-            "chosen": [{"role": "assistant", "content": self.positive.text}],
-            "rejected": [{"role": "assistant", "content": self.negative.text}],
-        }
+        begun = messages.pop()["content"] if messages[-1].get("role") == "assistant" else ""
+
+        def answer(completion: Completion) -> list[dict[str, str]]:
+            content = completion.message if completion.message is not None else begun + (completion.text or "")
+            return [{"role": "assistant", "content": content}]
+
+        return {"prompt": messages, "chosen": answer(self.positive), "rejected": answer(self.negative)}
 
 
 @dataclass(frozen=True)

@@ -9,33 +9,60 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from icon2_rt.outputs import Prompt
+from icon2_rt.chat_template import ChatTemplate
+from icon2_rt.outputs import Message, Prompt
+
+# A response is decoded behind so many tokens of its prompt: text depends on what stands right before it.
+_CONTEXT = 32
 
 
 class Encoder:
-    """Turns prompts into ids for one model. ``tokenizer`` None: prompts must be ids."""
+    """Turns prompts into ids for one model, and ids into text. ``tokenizer`` None: prompts must be ids.
+
+    ``template`` renders chats; ``variables`` of a call are set in it for that call.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, max_length: int):
         self.tokenizer, self.vocab_size, self.max_length = tokenizer, vocab_size, max_length
+        self.template = ChatTemplate(tokenizer)
         self._told_about_chats = False
 
-    def encode_all(self, prompts: Sequence[Prompt], what: str = "prompts") -> list[list[int]]:
+    def template_for(self, variables: Mapping[str, Any] | None) -> ChatTemplate:
+        """The template with a call's own variables.
+
+        Raises:
+            TypeError, ValueError: they are no dict, or the template does not read one of them.
+        """
+        try:
+            return self.template.with_variables(variables)
+        except (TypeError, ValueError) as error:
+            raise named(error, "chat_template_kwargs") from None
+
+    def encode_all(
+        self, prompts: Sequence[Prompt], what: str = "prompts", *, variables: Mapping[str, Any] | None = None
+    ) -> list[list[int]]:
         """All prompts of a call.
 
         Raises:
             TypeError: ``prompts`` is one prompt, not a list of them. ValueError: a bad prompt, named by its index.
         """
         check_is_list(prompts, what)
+        template = self.template_for(variables)
         encoded = []
         for n, prompt in enumerate(prompts):
             try:
-                encoded.append(self.encode(prompt))
+                encoded.append(self.encode(prompt, template=template))
             except (TypeError, ValueError) as error:
                 raise named(error, f"{what}[{n}]") from None
         return encoded
 
-    def encode(self, prompt: Prompt, *, generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, generation_prompt: bool = True, template: ChatTemplate | None = None
+    ) -> list[int]:
         """One prompt: ``str`` (raw text), chat messages (the model's template), or ids.
+
+        A chat that ends with a message of the assistant is left open there, to be continued; any other chat ends with
+        the header of an assistant's turn. Without ``generation_prompt`` every message is closed.
 
         Raises:
             TypeError, ValueError: none of these, empty, not in the vocabulary, or longer than the model.
@@ -43,7 +70,7 @@ class Encoder:
         if isinstance(prompt, str):
             ids = self._text(prompt)
         elif is_chat(prompt):
-            ids = self._chat(prompt, generation_prompt)  # type: ignore[arg-type]
+            ids = self._chat(prompt, generation_prompt, template or self.template)  # type: ignore[arg-type]
         else:
             ids = _as_ids(prompt)
         return self.check(ids)
@@ -59,15 +86,74 @@ class Encoder:
             raise ValueError(f"{len(ids)} tokens are more than the model's {self.max_length} positions")
         return ids
 
-    def completion(self, completion: Any) -> list[int]:
-        """A completion to score: text (no special tokens added), ids, or anything with ``token_ids``. May be empty."""
+    def completion(self, completion: Any, prompt_ids: Sequence[int] = ()) -> list[int]:
+        """A completion to score: text (no special tokens added), ids, or anything with ``token_ids``. May be empty.
+
+        Many tokenizers begin every text with a space of their own. Where a text begins with a space, that one is meant:
+        the ids are those that read as the text behind ``prompt_ids``.
+        """
         ids = getattr(completion, "token_ids", completion)
-        if isinstance(ids, str):
-            ids = self._need_tokenizer("a text completion").encode(ids, add_special_tokens=False)
-        return _as_ids(ids)
+        if not isinstance(ids, str):
+            return _as_ids(ids)
+        tokenizer = self._need_tokenizer("a text completion")
+        check_text(ids)
+        found = list(tokenizer.encode(ids, add_special_tokens=False))
+        if ids.startswith(" ") and self.decode_behind(prompt_ids, found) != ids:
+            shorter = list(tokenizer.encode(ids[1:], add_special_tokens=False))
+            if self.decode_behind(prompt_ids, shorter) == ids:
+                return shorter
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._need_tokenizer("text").decode(list(ids), skip_special_tokens=True))
+
+    def decode_behind(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of ``ids`` where they follow ``prompt_ids``: the decoding of all of them less the prompt's own.
+
+        Decoded alone, a response loses its first space with tokenizers that keep it in their first token.
+        """
+        length = _CONTEXT
+        before = self.decode(prompt_ids[-length:])
+        while not before and length < len(prompt_ids):  # special tokens have no text
+            length *= 2
+            before = self.decode(prompt_ids[-length:])
+        whole = self.decode([*prompt_ids[-length:], *ids])
+        # A prompt that ends inside a character has another text without the response.
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+    def message(
+        self,
+        chat: Sequence[Message],
+        prompt_ids: Sequence[int],
+        ids: Sequence[int],
+        template: ChatTemplate | None = None,
+    ) -> str:
+        """The content of the assistant's message that a response to ``chat`` makes.
+
+        It begins with what a last message of the assistant had begun. The first space is part of it only if the
+        template would not bring that space itself: where there is a choice, the tokens decide.
+        """
+        text = self.decode_behind(prompt_ids, ids)
+        texts = [text[1:], text] if text.startswith(" ") and self.decode(ids) == text[1:] else [text]
+        begun, before = "", [dict(message) for message in chat]
+        if before and before[-1].get("role") == "assistant":
+            begun = before.pop()["content"]
+            texts = [text]
+        contents = list(dict.fromkeys(b + t for b in (begun, begun.rstrip()) for t in texts))
+        if len(contents) > 1:
+            special = set(self._need_tokenizer("a chat").all_special_ids)
+            written = [*prompt_ids, *ids]
+            while len(written) > len(prompt_ids) and written[-1] in special:
+                written.pop()
+            for content in contents:
+                answered = [*before, {"role": "assistant", "content": content}]
+                try:
+                    rendered = (template or self.template).encode(answered, generation_prompt=False)
+                except ValueError:
+                    continue
+                if rendered[: len(written)] == written:
+                    return content
+        return contents[0]
 
     def _text(self, text: str) -> list[int]:
         tokenizer = self._need_tokenizer("a text prompt")
@@ -78,9 +164,12 @@ class Encoder:
                 '[{"role": "user", "content": "..."}]',
                 stacklevel=5,
             )
+        check_text(text)
         return list(tokenizer.encode(text))
 
-    def _chat(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> list[int]:
+    def _chat(
+        self, messages: Sequence[Mapping[str, str]], generation_prompt: bool, template: ChatTemplate
+    ) -> list[int]:
         tokenizer = self._need_tokenizer("a chat prompt")
         if not tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template: pass raw text, or set tokenizer.chat_template")
@@ -89,13 +178,8 @@ class Encoder:
                 raise ValueError(f'a chat message is {{"role": ..., "content": ...}}, not {message!r}')
             if not all(isinstance(message[key], str) for key in ("role", "content")):
                 raise ValueError(f"role and content of a chat message are strings, not {message!r}")
-        chat = [dict(message) for message in messages]
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise ValueError(f"the chat template refuses this chat: {error}") from error
-        # The template writes the BOS itself where the model wants one.
-        return list(tokenizer.encode(text, add_special_tokens=False))
+            check_text(message["content"])
+        return template.encode(messages, generation_prompt=generation_prompt)
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -106,6 +190,21 @@ class Encoder:
 def named(error: Exception, where: str) -> Exception:
     """The same error with its place in front."""
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
+
+
+def check_text(text: str) -> None:
+    """Refuse text that no tokenizer takes.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, as broken JSON escapes do.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has {text[error.start]!r} at character {error.start}: half of a surrogate pair, which is no "
+            f"character"
+        ) from None
 
 
 def is_chat(prompt: object) -> bool:

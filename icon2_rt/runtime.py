@@ -21,17 +21,19 @@ from transformers import (
 )
 
 from icon2_rt import models
+from icon2_rt.chat_template import ChatTemplate
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, PinnedPrefix, Request, Row, Sampling, resolve_sampling
 from icon2_rt.engine.kv import plan_pages
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
-from icon2_rt.outputs import BranchedOutput, Completion, PairedOutput, Prompt, Scored
+from icon2_rt.outputs import BranchedOutput, Completion, Message, PairedOutput, Prompt, Scored
 from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
 from icon2_rt.usage import Usage
 
 Steerings = Steering | None | Sequence[Steering | None]
 Noise = Literal["independent", "common"]
+TemplateVariables = Mapping[str, Any] | None
 
 
 class Runtime:
@@ -167,9 +169,27 @@ class Runtime:
     def page_size(self) -> int:
         return self._engine.kv.page_size
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    @property
+    def template(self) -> ChatTemplate:
+        """How chats are rendered: the tokenizer's chat template, with variables and a clock that hold for all calls."""
+        return self._encoder.template
+
+    @template.setter
+    def template(self, template: ChatTemplate) -> None:
+        self._encoder.template = template
+
+    def encode(self, prompt: Prompt, *, chat_template_kwargs: TemplateVariables = None) -> list[int]:
         """The token ids of one prompt, exactly as ``generate`` uses them."""
-        return self._encoder.encode(prompt)
+        return self._encoder.encode(prompt, template=self._encoder.template_for(chat_template_kwargs))
+
+    def decode(self, token_ids: Sequence[int], prompt: Prompt = ()) -> str:
+        """The text of ``token_ids`` where they follow ``prompt``, without special tokens: ``Completion.text``."""
+        before = self._encoder.encode(prompt) if len(prompt) else []
+        return self._encoder.decode_behind(before, token_ids)
+
+    def message(self, chat: Sequence[Message], token_ids: Sequence[int]) -> str:
+        """The content of the assistant's message that ``token_ids`` make as the answer to ``chat``."""
+        return self._encoder.message(chat, self._encoder.encode(chat), token_ids)
 
     def __repr__(self) -> str:
         s = self.spec
@@ -200,13 +220,15 @@ class Runtime:
         noise: Noise = "independent",
         sample_ids: Sequence[int] | None = None,
         generation_config: GenerationConfig | None = None,
+        chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
         **sampling: Any,
     ) -> list[BranchedOutput]:
         """K continuations of every prompt, decoded in lock-step over one copy of the prompt's KV.
 
         Args:
-            prompts: a list of texts, chats (lists of messages) or lists of token ids.
+            prompts: a list of texts, chats (lists of messages) or lists of token ids. A chat that ends with a message
+                of the assistant is continued there.
             branches: K entries, each a steering for all prompts (None = unsteered) or a list with one per prompt.
             prefix: of :meth:`prefix`, which every prompt continues.
             seed: one for the call (a random one if not given), or a list of row seeds, one per prompt and branch,
@@ -214,6 +236,7 @@ class Runtime:
             noise: "common" gives the branches of a prompt the same random numbers.
             sample_ids: one per prompt, in place of its index, in the derivation of row seeds.
             generation_config: replaces the model's own as the base of the sampling options.
+            chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
             sampling: transformers' names: max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
                 repetition_penalty, eos_token_id, stop_strings. They win over the config. Unset ones have
                 transformers' defaults (when sampling: top_k=50).
@@ -224,7 +247,8 @@ class Runtime:
         return _in_order(
             self.stream_branches(
                 prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
-                generation_config=generation_config, progress=progress, **sampling,
+                generation_config=generation_config, chat_template_kwargs=chat_template_kwargs, progress=progress,
+                **sampling,
             )
         )  # fmt: skip
 
@@ -274,6 +298,7 @@ class Runtime:
         noise: Noise = "independent",
         sample_ids: Sequence[int] | None = None,
         generation_config: GenerationConfig | None = None,
+        chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
         **sampling: Any,
     ) -> Iterator[BranchedOutput]:
@@ -287,7 +312,8 @@ class Runtime:
         if options.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer, and this runtime was made without one")
         pinned = self._pinned(prefix)
-        tokens = self._tokens(prompts, prefix)
+        template = self._encoder.template_for(chat_template_kwargs)
+        tokens = self._tokens(prompts, prefix, chat_template_kwargs)
         steerings = self._steerings(branches, len(tokens))
         budgets = [self._budget(n, len(t), options, "max_new_tokens" in sampling) for n, t in enumerate(tokens)]
         seeds = self._seeds(len(tokens), len(steerings), seed, noise, sample_ids, options)
@@ -303,10 +329,16 @@ class Runtime:
             for n, ids in enumerate(tokens)
         ]
         self._engine.check(requests)
-        return self._run(list(prompts), requests, progress)  # a copy: the caller may change the list meanwhile
+        return self._run(
+            list(prompts), requests, template, progress
+        )  # a copy: the caller may change the list meanwhile
 
-    def _tokens(self, prompts: Sequence[Prompt], prefix: Prefix | None) -> list[list[int]]:
-        return self._encoder.encode_all(prompts) if prefix is None else prefix.join_all(prompts)
+    def _tokens(
+        self, prompts: Sequence[Prompt], prefix: Prefix | None, variables: TemplateVariables
+    ) -> list[list[int]]:
+        if prefix is None:
+            return self._encoder.encode_all(prompts, variables=variables)
+        return prefix.join_all(prompts, variables)
 
     def _pinned(self, prefix: Prefix | None) -> PinnedPrefix | None:
         if prefix is None:
@@ -317,20 +349,27 @@ class Runtime:
             raise ValueError("this prefix was made by another runtime: its KV belongs to that model's memory")
         return prefix.pinned
 
-    def _run(self, prompts: Sequence[Prompt], requests: list[Request], progress: bool) -> Iterator[BranchedOutput]:
-        decode = self._encoder.decode if self.tokenizer is not None else None
+    def _run(
+        self, prompts: Sequence[Prompt], requests: list[Request], template: ChatTemplate, progress: bool
+    ) -> Iterator[BranchedOutput]:
+        decode = self._encoder.decode_behind if self.tokenizer is not None else None
         with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
             for request, rows in self._engine.decode(requests, decode):
                 bar.update()
                 pinned = len(request.prefix.tokens) if request.prefix is not None else 0
                 self.usage.generated(len(request.tokens), pinned, [len(row.tokens) for row in rows])
-                yield BranchedOutput(request.index, prompts[request.index], [self._completion(row) for row in rows])
+                prompt = prompts[request.index]
+                yield BranchedOutput(request.index, prompt, [self._completion(row, prompt, template) for row in rows])
 
-    def _completion(self, row: Row) -> Completion:
+    def _completion(self, row: Row, prompt: Prompt, template: ChatTemplate) -> Completion:
         if row.finish is None:
             raise RuntimeError("a row was handed out before it was finished")
-        text = self._encoder.decode(row.tokens) if self.tokenizer is not None else None
-        return Completion(text, row.tokens, row.logprobs, row.finish, row.seed)
+        text, message, before = None, None, row.request.tokens
+        if self.tokenizer is not None:
+            text = self._encoder.decode_behind(before, row.tokens)
+            if is_chat(prompt):
+                message = self._encoder.message(prompt, before, row.tokens, template)  # type: ignore[arg-type]
+        return Completion(text, row.tokens, row.logprobs, row.finish, row.seed, message if message != text else None)
 
     def _budget(self, n: int, n_prompt: int, options: Sampling, asked: bool) -> int:
         room = self.spec.max_length
@@ -427,19 +466,20 @@ class Runtime:
 
     # ---------------------------------------------------------------- prefixes
 
-    def prefix(self, tokens_or_messages: Prompt) -> Prefix:
+    def prefix(self, tokens_or_messages: Prompt, *, chat_template_kwargs: TemplateVariables = None) -> Prefix:
         """Prefill a common beginning once and hold its KV, for any number of prompts that continue it.
 
         Args:
             tokens_or_messages: ids or text that prompts are appended to, or messages (a system prompt, say) that chats
                 are appended to.
+            chat_template_kwargs: variables of the chat template, for the prefix and the chats that continue it.
 
         Use as a context manager; its pages are given back at the end::
 
             with rt.prefix([{"role": "system", "content": "..."}]) as prefix:
                 rt.generate(prompts, prefix=prefix)
         """
-        return Prefix(self, tokens_or_messages)
+        return Prefix(self, tokens_or_messages, chat_template_kwargs)
 
     # ---------------------------------------------------------------- reading
 
@@ -449,6 +489,7 @@ class Runtime:
         completions: Sequence[str | Sequence[int] | Completion],
         steering: Steerings = None,
         *,
+        chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
     ) -> list[Scored]:
         """Log-probabilities and entropies of given completions, teacher-forced in one pass.
@@ -456,8 +497,9 @@ class Runtime:
         Args:
             completions: one per prompt: text, token ids, or a Completion.
             steering: as in :meth:`generate`; its scope counts positions as generation would.
+            chat_template_kwargs: variables of the chat template.
         """
-        encoded = self._encoder.encode_all(prompts)
+        encoded = self._encoder.encode_all(prompts, variables=chat_template_kwargs)
         check_is_list(completions, "completions")
         if len(completions) != len(encoded):
             raise ValueError(f"{len(completions)} completions for {len(encoded)} prompts: one for each")
@@ -465,7 +507,8 @@ class Runtime:
         sequences = []
         for n, (ids, completion, compiled) in enumerate(zip(encoded, completions, steerings, strict=True)):
             try:
-                sequences.append((self._encoder.check(ids + self._encoder.completion(completion)), len(ids), compiled))
+                whole = self._encoder.check(ids + self._encoder.completion(completion, ids))
+                sequences.append((whole, len(ids), compiled))
             except (TypeError, ValueError) as error:
                 raise named(error, f"completions[{n}]") from None
         scored: list[Scored | None] = [None] * len(sequences)
@@ -478,14 +521,19 @@ class Runtime:
         return [s for s in scored if s is not None]
 
     def hidden_states(
-        self, prompts: Sequence[Prompt], *, prefix: Prefix | None = None, progress: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        prefix: Prefix | None = None,
+        chat_template_kwargs: TemplateVariables = None,
+        progress: bool = False,
     ) -> Tensor:
         """The residual stream of every prompt's last token after each block: ``[n, n_layers, hidden]`` fp32, CPU.
 
         Block i is transformers' ``hidden_states[i + 1]``, except the last, which is taken before the final norm.
         """
         pinned = self._pinned(prefix)
-        tokens = self._tokens(prompts, prefix)
+        tokens = self._tokens(prompts, prefix, chat_template_kwargs)
         out = torch.empty(len(tokens), self.spec.n_layers, self.spec.hidden_size, dtype=torch.float32, device="cpu")
 
         def keep(rows: list[int], layer: int, h: Tensor) -> None:
@@ -516,6 +564,7 @@ class Runtime:
         directions: DirectionSet | Sequence[Direction],
         *,
         prefix: Prefix | None = None,
+        chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
     ) -> Tensor:
         """⟨h, u⟩ of every prompt's last token: ``[n, n_directions, n_layers]`` fp32, CPU; states are never stored."""
@@ -537,7 +586,7 @@ class Runtime:
             self.check_model(d)
         bank = torch.stack([d.vectors * (d.scale != 0)[:, None] for d in chosen], dim=1).to(self.device)
         pinned = self._pinned(prefix)
-        tokens = self._tokens(prompts, prefix)
+        tokens = self._tokens(prompts, prefix, chat_template_kwargs)
         out = torch.empty(len(tokens), len(chosen), self.spec.n_layers, dtype=torch.float32, device="cpu")
 
         def dot(rows: list[int], layer: int, h: Tensor) -> None:
@@ -554,12 +603,14 @@ class Runtime:
         name: str,
         *,
         method: Literal["pca", "mean_difference"] = "pca",
+        chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
     ) -> Direction:
         """The direction from ``negative[i]`` to ``positive[i]`` at the last token, per block (Icon², step 1).
 
         Args:
             method: "pca", the first singular vector of the uncentred differences (the paper's), or "mean_difference".
+            chat_template_kwargs: variables of the chat template.
 
         Returns:
             Unit vectors, signed so that the mean difference projects positively, with the health figures
@@ -570,7 +621,10 @@ class Runtime:
         """
         if method not in ("pca", "mean_difference"):
             raise ValueError(f"method must be 'pca' or 'mean_difference', not {method!r}")
-        sides = [self._encoder.encode_all(positive, "positive"), self._encoder.encode_all(negative, "negative")]
+        sides = [
+            self._encoder.encode_all(side, which, variables=chat_template_kwargs)
+            for side, which in ((positive, "positive"), (negative, "negative"))
+        ]
         if len(positive) != len(negative):
             raise ValueError(f"{len(positive)} positive and {len(negative)} negative prompts: they go pairwise")
         if len(positive) < 2:
@@ -609,9 +663,10 @@ class Prefix:
     A stream that began inside the block may go on after it.
     """
 
-    def __init__(self, runtime: Runtime, start: Prompt):
+    def __init__(self, runtime: Runtime, start: Prompt, variables: TemplateVariables = None):
         self._runtime, self._start = runtime, start
-        self.tokens = tuple(runtime._encoder.encode(start, generation_prompt=False))
+        self._template = runtime._encoder.template_for(variables)
+        self.tokens = tuple(runtime._encoder.encode(start, generation_prompt=False, template=self._template))
         self._pinned: PinnedPrefix | None = None
 
     def __enter__(self) -> Prefix:
@@ -632,8 +687,8 @@ class Prefix:
             raise RuntimeError("this prefix is not pinned: use it inside `with rt.prefix(...) as prefix:`")
         return self._pinned
 
-    def join_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The whole token ids of prompts that continue this prefix.
+    def join_all(self, prompts: Sequence[Prompt], variables: TemplateVariables = None) -> list[list[int]]:
+        """The whole token ids of prompts that continue this prefix; ``variables`` are set beside the prefix's own.
 
         Raises:
             ValueError: a chat on a prefix that is not one (or the reverse), or a template whose rendering of the whole
@@ -655,10 +710,11 @@ class Prefix:
             ]
             return [encoder.check([*self.tokens, *ids]) for ids in encoder.encode_all(text)]
         whole = []
+        template = self._template.with_variables(variables)
         for n, prompt in enumerate(prompts):
             if not is_chat(prompt):
                 raise ValueError(f"prompts[{n}]: only a chat can continue a prefix of messages")
-            ids = encoder.encode([*self._start, *prompt])
+            ids = encoder.encode([*self._start, *prompt], template=template)
             if tuple(ids[: len(self.tokens)]) != self.tokens:
                 raise ValueError(
                     f"prompts[{n}]: with this chat template the whole chat does not begin with the prefix's tokens; "

@@ -26,7 +26,7 @@ from icon2_rt.outputs import FinishReason
 from icon2_rt.steering import CompiledSteering
 
 # text of token ids, special tokens left out; for stop strings
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int], Sequence[int]], str]  # the tokens before, and those whose text is wanted
 # How many steps the device may be ahead of what the host has looked at: enough that it never waits for Python.
 _BEHIND = 3
 # Bytes, the least set aside for the partial results of attention; else a share of the KV memory.
@@ -459,9 +459,12 @@ def _finish_reason(row: Row, decode: Decode | None) -> FinishReason | None:
     if sampling.stop_strings and decode is not None:
         # Nearly every token is at least one byte of text, so this many hold a stop string that ends in the last one …
         longest = max(len(s.encode()) for s in sampling.stop_strings)
-        text = decode(row.tokens[-longest - 4 :])
-        if len(text) - len(decode(row.tokens[-1:])) < longest:
-            text = decode(row.tokens)  # … but special tokens have no text, and a character may take several tokens
+        start = max(0, len(row.tokens) - longest - 4)
+        text = decode(row.tokens[:start] if start else row.request.tokens, row.tokens[start:])
+        if start and len(text) - len(decode(row.tokens[:-1], row.tokens[-1:])) < longest:
+            text = decode(
+                row.request.tokens, row.tokens
+            )  # … but special tokens have no text, and a character may take several tokens
         if any(s in text for s in sampling.stop_strings):
             return "stop_string"
     return "length" if len(row.tokens) >= row.request.budget else None
