@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icon2_rt.ops import RowSampling, RowState, native, native_cuda
 from tests.compiler import COMPILER, build
@@ -304,3 +306,29 @@ def test_a_launch_without_a_device_says_so():
     with pretending(), pytest.raises(RuntimeError, match="CUDA: "):
         native_cuda.skinny_linear(x, weight)
     assert "cpu+cuda" in str(native_cuda.why_not(torch.device("cuda:0")))
+
+
+def test_every_graph_zeroes_scratch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two graphs never count in the same memory, and a replay that was cut short spoils no other."""
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(native_cuda, "extension", SimpleNamespace(cuda_linear_scratch=64))
+    monkeypatch.setattr(native_cuda, "_scratch", {})
+    made: list[Tensor] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: made.append(zeros(*args, **options)) or made[-1])
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        with native_cuda.one_graph():
+            first = [native_cuda._linear_scratch(device, 7) for _ in range(3)]
+        with native_cuda.one_graph():
+            second = native_cuda._linear_scratch(device, 7)
+        foreign = [native_cuda._linear_scratch(device, 7) for _ in range(2)]
+        capturing = False
+        with native_cuda.one_graph():
+            outside = [native_cuda._linear_scratch(device, stream) for stream in (7, 7, 8)]
+    assert first[0] is first[1] is first[2]
+    assert outside[0] is outside[1]
+    different = [first[0], second, *foreign, outside[0], outside[2]]
+    assert len({id(tensor) for tensor in different}) == len(made) == 6
+    assert all(tensor.shape == (8,) for tensor in made)

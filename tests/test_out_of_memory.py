@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 
 from icon2_rt import Direction, Runtime
 from icon2_rt.engine import Engine, EngineOptions, prefill
-from icon2_rt.engine.graphs import StepGraphs, buckets
 from icon2_rt.ops import Ops
 from tests.models import random_prompts, random_vectors, tiny_llama
 
@@ -75,82 +73,6 @@ def test_what_fits_in_no_pass_is_an_error_that_gives_every_page_back(monkeypatch
     with pytest.raises(torch.OutOfMemoryError):
         rt.generate(PROMPTS, do_sample=False, max_new_tokens=4)
     assert rt.free_kv_pages == pages
-
-
-class FakeGraph:
-    """What torch.cuda.CUDAGraph is to StepGraphs."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-
-
-def captured(monkeypatch: pytest.MonkeyPatch, seats: int, fits: int) -> tuple[StepGraphs, list[int]]:
-    calls: list[int] = []
-
-    def step(rows: int) -> None:
-        calls.append(rows)
-        if rows > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for name, double in {
-        "CUDAGraph": FakeGraph,
-        "graph": lambda graph, pool, stream: nullcontext(),
-        "device": lambda device: nullcontext(),
-        "Stream": lambda: "a stream",
-        "graph_pool_handle": lambda: (0, 1),
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, double)
-    return StepGraphs(step, buckets(seats), torch.device("cuda")), calls
-
-
-def test_graphs_are_captured_largest_first_and_replayed_by_bucket(monkeypatch):
-    graphs, calls = captured(monkeypatch, seats=24, fits=24)
-    assert calls == [n for n in reversed(buckets(24)) for _ in range(2)]  # once to warm up, once captured
-    assert graphs.largest == 24
-    assert graphs.replay(8)
-    assert not graphs.replay(3)
-    assert [g.replays for n, g in sorted(graphs._graphs.items()) if n == 8] == [1]
-
-
-def test_a_bucket_that_does_not_fit_is_given_up_with_a_warning(monkeypatch):
-    with pytest.warns(UserWarning, match="no memory is left for a CUDA graph of 24 rows"):
-        graphs, _ = captured(monkeypatch, seats=24, fits=16)
-    assert graphs.largest == 16
-    assert not graphs.replay(24)
-    with pytest.warns(UserWarning, match="of 1 rows"):
-        nothing, _ = captured(monkeypatch, seats=4, fits=0)
-    assert nothing.largest == 0
-
-
-def test_memory_that_runs_out_during_the_capture_is_known_behind_the_capture_s_own_error(monkeypatch):
-    class Capture:
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, kind: type | None, *rest: object) -> None:
-            if kind is not None:
-                raise RuntimeError("operation failed due to a previous error during capture")
-
-    calls: list[int] = []
-
-    def step(rows: int) -> None:
-        calls.append(rows)
-        if rows == 4 and calls.count(4) == 2:  # the warm-up fitted
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if rows == 1 and calls.count(1) == 2:
-            raise RuntimeError("an illegal memory access")
-
-    captured(monkeypatch, seats=1, fits=1)  # the doubles
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: Capture())
-    with pytest.warns(UserWarning, match="of 4 rows"):
-        assert StepGraphs(step, [2, 4], torch.device("cuda")).largest == 2
-    with pytest.raises(RuntimeError, match="previous error"):
-        StepGraphs(step, [1], torch.device("cuda"))
 
 
 def test_a_model_with_more_heads_than_the_kernels_tile_is_refused_before_it_runs():

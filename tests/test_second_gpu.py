@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,14 +41,30 @@ def test_work_is_done_on_the_models_device(current):
 
 
 def test_graphs_are_captured_on_its_device_in_a_stream_of_it(current, monkeypatch):
-    captured: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: current[-1])
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    found: list[Any] = []
+    streams: list[torch.device] = []
+
+    class Graph:
+        def capture_begin(self, **options: Any) -> None:
+            found.append(streams[-1])
+
+        def capture_end(self) -> None:
+            pass
+
+    @contextmanager
+    def enter(stream: torch.device) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: captured.append(stream) or nullcontext())
-    StepGraphs(lambda rows: captured.append(current[-1]), [1, 2], SECOND)
-    assert captured == [SECOND] * 6  # of either graph the step to warm up, the stream, the step that is captured
+    graphs = StepGraphs(lambda rows: found.append(current[-1]), [1, 2], SECOND)
+    assert found == [SECOND] * 3  # the step to warm up, the stream, the step that is captured
+    graphs.run(1, lambda rows: None)
+    assert found[3:] == [SECOND]
     assert len(current) == 1
 
 

@@ -84,7 +84,7 @@ class Batch:
         self._buckets = buckets(sizes.seats)
         self._graphs = None
         if manner.graphs:
-            self._graphs = StepGraphs(lambda n: decode_step(model, kv, self._views(n)), self._buckets, model.device)
+            self._graphs = StepGraphs(self._run, self._buckets, model.device)
 
     @property
     def free_partials(self) -> int:
@@ -192,8 +192,10 @@ class Batch:
         self._valid -= 1
         assert self._inputs is not None
         width = len(self._inputs.state.tokens)
-        if self._graphs is None or not self._graphs.replay(width):
+        if self._graphs is None:
             self.step(self._inputs)
+        else:
+            self._graphs.run(width, self._run)
         state, n = self._inputs.state, len(self.rows)
         if self.model.device.type == "cuda":
             tokens, logprobs = (x[:n].to("cpu", non_blocking=True) for x in (state.tokens, state.logprobs))
@@ -207,6 +209,10 @@ class Batch:
         if any(row.steering is not None for row in self._unsteered):  # "generated" begins after the first step
             self._invalidate()
         self._unsteered.clear()
+
+    def _run(self, n: int) -> None:
+        """One step of the first ``n`` seats: what a graph captures."""
+        decode_step(self.model, self.kv, self._views(n))
 
     def step(self, inputs: StepInputs) -> None:
         """One step without a graph: the first of a layout is captured where the ops can do that, the others repeat."""

@@ -7,6 +7,10 @@ never run on hardware, so it has to be asked for (``backend="native"`` on a CUDA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,9 +23,22 @@ from icon2_rt.ops.state import RowState
 # Up to so many rows a weight is read by our own kernel; above, a matrix product by torch.
 FEW_ROWS = 16
 
-# What the blocks of a product leave for the last of them, zero at first and left so: by device and stream, and one a
-# device (stream None) for all graphs, made before any is captured. Two graphs of a device do not run at the same time.
-_scratch: dict[tuple[int, int | None], Tensor] = {}
+# What the blocks of a product leave for the last of them, zero at first and left so: by device and stream. Graphs have
+# their own, see one_graph.
+_scratch: dict[tuple[int, int], Tensor] = {}
+# Of the graph that is being captured; a list of one once a product needed it.
+_of_graph: ContextVar[list[Tensor] | None] = ContextVar("_of_graph", default=None)
+
+
+@contextmanager
+def one_graph() -> Iterator[None]:
+    """What is captured inside is one CUDA graph: its products share scratch memory, which lies in the graph's own pool
+    and is zeroed at the beginning of every replay, so that no other graph and no abandoned replay can spoil it."""
+    token = _of_graph.set([])
+    try:
+        yield
+    finally:
+        _of_graph.reset(token)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -51,8 +68,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residua
         weight: ``[out, in]``. bias: ``[out]``. residual: ``[rows, out]``. All of x's dtype and on its CUDA device.
 
     Raises:
-        TypeError, ValueError: what is not so, by the argument's name. RuntimeError: CUDA refuses the launch, or it is
-            captured in a graph without having run before.
+        TypeError, ValueError: what is not so, by the argument's name. RuntimeError: CUDA refuses the launch.
     """
     rows, n_out = x.shape[0], weight.shape[0]
     out = torch.empty((rows, n_out), dtype=x.dtype, device=x.device)
@@ -79,17 +95,19 @@ def _stream(device: torch.device) -> int:
 
 
 def _linear_scratch(device: torch.device, stream: int) -> Tensor:
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    index = device.index or 0
-    for key in ((index, None), (index, stream)):
-        if key not in _scratch:
-            if capturing:
-                raise RuntimeError("skinny_linear must have run once before it is captured in a CUDA graph")
-            n = extension.cuda_linear_scratch // 8
-            _scratch[key] = torch.zeros(n, dtype=torch.int64, device=device)
-        if capturing:
-            break
+    n = extension.cuda_linear_scratch // 8
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        shared = _of_graph.get()
+        if not shared:
+            zeroed = torch.zeros(n, dtype=torch.int64, device=device)  # a node of the graph
+            if shared is None:  # somebody else's graph: each of its products has scratch memory of its own
+                return zeroed
+            shared.append(zeroed)
+        return shared[0]
+    key = (device.index or 0, stream)
+    if key not in _scratch:
+        _scratch[key] = torch.zeros(n, dtype=torch.int64, device=device)
     return _scratch[key]
 
 
-__all__ = ["linear", "sample", "skinny_linear", "why_not"]
+__all__ = ["linear", "one_graph", "sample", "skinny_linear", "why_not"]
