@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from icon2_rt.ops import native, native_cuda
+from icon2_rt.ops import launching, native, native_cuda, prefill
 from icon2_rt.ops.add_steer_rmsnorm import RowSteering, add_steer_rmsnorm
 from icon2_rt.ops.attention import AttentionItems, grouped_decode_attention
 from icon2_rt.ops.begin_step import begin_step, rotary
@@ -55,21 +56,29 @@ class Ops:
 
 def available(device: torch.device) -> dict[Backend, str | None]:
     """Every backend, with None where it can run on ``device`` and the reason where it cannot."""
-    return {
-        "reference": None,
-        "triton": _why_no_triton(device),
-        "native": native.why_not if device.type == "cpu" else _why_no_native_cuda(device),
-    }
+    return {backend: _why_not(backend, device) for backend in BACKENDS}
+
+
+def _why_not(backend: Backend, device: torch.device) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _why_no_triton(device)
+    return native.why_not if device.type == "cpu" else _why_no_native_cuda(device)
 
 
 def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
         return "Triton kernels need a CUDA device (or, to try them slowly on a CPU, TRITON_INTERPRET=1)"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CUDA:
+    if torch.version.hip is not None:
+        return f"this torch is built for ROCm {torch.version.hip}, and the kernels are for CUDA"
+    if torch.cuda.get_device_capability(device) < OLDEST_CUDA:
         return f"Triton kernels need compute capability {'.'.join(map(str, OLDEST_CUDA))} or newer"
-    return None
+    return launching.why_not()
 
 
 def _why_no_native_cuda(device: torch.device) -> str | None:
@@ -79,18 +88,17 @@ def _why_no_native_cuda(device: torch.device) -> str | None:
 
 
 def select(backend: str, device: torch.device) -> Ops:
-    """The ops of ``backend`` (``"auto"``: the fastest that can run on ``device``: on a CPU the native ones, which
-    ``bench/results`` shows right and faster there; else the reference).
+    """The ops of ``backend``. ``"auto"`` is on a CPU the native ones, which ``bench/results`` shows right and faster
+    there, and else the reference: what a CUDA device has proven is asked of :mod:`icon2_rt.qualify`.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here; the message says why.
     """
     if backend == "auto":
-        # A backend becomes a device's default with a stored result that shows it right and faster there.
         backend = "native" if device.type == "cpu" and native.why_not is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, not {backend!r}")
-    why_not = available(device)[backend]
+    why_not = _why_not(backend, device)
     if why_not is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {why_not}. Use backend='auto' or 'reference'.")
     native_here = native_ops if device.type == "cpu" else native_cuda_ops
@@ -140,8 +148,51 @@ def native_cuda_ops() -> Ops:
     return replace(triton_ops(), backend="native", linear=native_cuda.linear, sample=native_cuda.sample)
 
 
+def forms(device: torch.device) -> dict[str, dict[Backend, Callable]]:
+    """Every form that an op has on ``device``, by op and by the backend that brings it; a form that a backend takes
+    from another one stands under that one alone. Prefill attention is chosen apart (:data:`prefill.PATHS`)."""
+    there = available(device)
+    found: dict[str, dict[Backend, Callable]] = {}
+    makers: dict[Backend, Callable[[], Ops]] = {"reference": Ops, "triton": triton_ops, "native": native_cuda_ops}
+    for backend, make in makers.items():
+        if there[backend] is not None or (backend == "native" and device.type != "cuda"):
+            continue
+        ops = make()
+        for op in _OPS:
+            here = found.setdefault(op, {})
+            if getattr(ops, op) not in here.values():
+                here[backend] = getattr(ops, op)
+    return found
+
+
+def assemble(chosen: Mapping[str, Backend], path: str | None = None) -> Ops:
+    """Ops put together from several backends, to be run as Triton's are.
+
+    Args:
+        chosen: op → the backend whose form it takes; ops that are not named are Triton's. path: the name of one of
+            :data:`prefill.PATHS`, or None for the library that :func:`prefill.choose` finds.
+
+    Raises:
+        ValueError: an op, a backend or a path that does not exist, or a backend that has no form of the op.
+    """
+    changes: dict[str, Any] = {}
+    for op, backend in chosen.items():
+        if op not in _OPS or backend not in BACKENDS:
+            raise ValueError(f"op {op!r} in form {backend!r}: ops are {list(_OPS)}, forms {list(BACKENDS)}")
+        if backend != "triton":
+            changes[op] = getattr(Ops() if backend == "reference" else native_cuda_ops(), op)
+    if path is not None:
+        changes["prefill_attention"] = partial(prefill_attention, attend=prefill.path(path).attend)
+    name: Backend = "native" if "native" in chosen.values() else "triton"
+    return replace(triton_ops(), backend=name, **changes)
+
+
+# What a backend may bring a form of, but for prefill attention.
+_OPS = tuple(f.name for f in fields(Ops) if f.type == "Callable" and f.name != "prefill_attention")
+
 __all__ = [
     "BACKENDS",
+    "OLDEST_CUDA",
     "AttentionItems",
     "Backend",
     "Ops",
@@ -151,10 +202,12 @@ __all__ = [
     "Segment",
     "Segments",
     "add_steer_rmsnorm",
+    "assemble",
     "available",
     "begin_step",
     "embed",
     "exponential_noise",
+    "forms",
     "grouped_decode_attention",
     "linear",
     "philox",

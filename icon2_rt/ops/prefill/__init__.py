@@ -72,6 +72,22 @@ PATHS = (
 )
 
 
+# The one that runs everywhere, and defines the others.
+SDPA = Path("sdpa", sdpa, lambda major, d: True)
+
+
+def path(name: str) -> Path:
+    """The path of that name.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    found = next((p for p in (*PATHS, SDPA) if p.name == name), None)
+    if found is None:
+        raise ValueError(f"prefill path {name!r} does not exist; there are {[p.name for p in (*PATHS, SDPA)]}")
+    return found
+
+
 @cache
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attend:
     """The best way to attend that is here for a model of ``dtype`` and ``head_dim`` on ``device``."""
@@ -90,11 +106,13 @@ def prefill_attention_by_library(
 
 __all__ = [
     "PATHS",
+    "SDPA",
     "Attend",
     "Path",
     "Segment",
     "Segments",
     "choose",
+    "path",
     "prefill_attention",
     "prefill_attention_by_library",
     "sdpa",
