@@ -22,6 +22,7 @@ from icon2_rt.engine.items import ITEM_QUERIES, partials_of
 from icon2_rt.engine.kv import KVPages, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
+from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
 from icon2_rt.outputs import FinishReason
 from icon2_rt.steering import CompiledSteering
 
@@ -80,6 +81,7 @@ class Engine:
     def __init__(self, model: Model, options: EngineOptions):
         spec = model.spec
         self.model, self.options = model, options
+        self.stream = EngineStream(model.device)  # every entry point that touches the device runs in it
         heads = spec.n_heads // spec.n_kv_heads
         fixed = model.ops.fixed
         if fixed and heads > ITEM_QUERIES:
@@ -117,6 +119,7 @@ class Engine:
                 f"{plan.shared} shared × {plan.copies} version(s) of the prompt + {plan.own} own × {plan.rows}",
             )
 
+    @steps_in_stream
     def decode(self, requests: Sequence[Request], decode: Decode | None = None) -> Iterator[tuple[Request, list[Row]]]:
         """Run ``requests``; yields each with its finished rows when the last of them is done.
 
@@ -301,6 +304,7 @@ class Engine:
 
     # ---------------------------------------------------------------- prefixes
 
+    @in_stream
     def pin(self, tokens: Sequence[int]) -> PinnedPrefix:
         """Prefill ``tokens``, unsteered, and hold their pages until :meth:`unpin`.
 
@@ -321,12 +325,14 @@ class Engine:
         self._prefixes.add(prefix)
         return prefix
 
+    @in_stream
     def unpin(self, prefix: PinnedPrefix) -> None:
         self._prefixes.remove(prefix)
         self.kv.release(prefix.pages)
 
     # ---------------------------------------------------------------- reading
 
+    @steps_in_stream
     def read(
         self,
         prompts: Sequence[Sequence[int]],
@@ -358,6 +364,7 @@ class Engine:
             run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, observe=watch)
             yield jobs
 
+    @steps_in_stream
     def score(
         self, sequences: Sequence[tuple[Sequence[int], int, CompiledSteering | None]]
     ) -> Iterator[tuple[int, list[float], list[float]]]:
