@@ -8,15 +8,16 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icon2_rt import doctor
-from icon2_rt.ops import Segment, Segments, prefill, prefill_attention
+from icon2_rt.ops import Ops, Segment, Segments, prefill, prefill_attention, select
 from icon2_rt.ops.prefill import PATHS, choose, prefill_attention_by_library, sdpa
 from icon2_rt.ops.prefill.flash_attn_2 import flash_attn_2
 from icon2_rt.ops.prefill.flash_attn_4 import flash_attn_4
@@ -305,6 +306,50 @@ def test_by_library_is_the_op_with_what_is_chosen(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(prefill_attention_by_library(q, k, v, segments, 0.3), expected)
     monkeypatch.setattr(prefill, "choose", lambda *model: lambda q, k, v, segments, scale: q + 1)
     assert torch.equal(prefill_attention_by_library(q, k, v, segments, 0.3), q.flatten(1) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_on_a_cuda_device_sdpa_is_given_what_one_of_its_fused_kernels_takes(
+    monkeypatch, heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    """Flash: no mask, no fp32. Memory-efficient: as many KV heads as query heads. With a CPU's tensors that say they
+    are a CUDA device's."""
+
+    class Elsewhere(Tensor):
+        @property
+        def device(self):
+            return SimpleNamespace(type="cuda")
+
+    real, calls = F.scaled_dot_product_attention, []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **options):
+        flash = options["attn_mask"] is None and q.dtype != torch.float32
+        assert flash or not options["enable_gqa"]
+        assert options["enable_gqa"] or q.shape[1] == k.shape[1] == v.shape[1]
+        calls.append(flash)
+        return real(q, k, v, **options)
+
+    segments = pack(*RUNS[2])
+    q, k, v = (t.to(dtype) for t in tensors(segments, heads, kv_heads, 16))
+    k, v = (pages.flatten(0, 1).index_select(0, segments.slots) for pages in (k, v))
+    here, ones = sdpa(q, k, v, segments, 0.3), torch.ones
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: ones(*shape, dtype=dtype))
+    there = sdpa(q.as_subclass(Elsewhere), k, v, segments, 0.3).as_subclass(Tensor)
+    assert calls == [False, False, False, dtype == torch.bfloat16]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(there, here, rtol=tolerance, atol=tolerance)
+
+
+def test_every_backend_attends_by_the_library_that_is_there() -> None:
+    assert Ops().prefill_attention is prefill_attention_by_library
+    assert select("reference", torch.device("cpu")).prefill_attention is prefill_attention_by_library
+
+
+def test_rocm_is_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert chosen(monkeypatch, 9) is sdpa
 
 
 def test_doctor_names_every_path_that_has_not_run() -> None:

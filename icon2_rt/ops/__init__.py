@@ -46,7 +46,7 @@ class Ops:
     add_steer_rmsnorm: Callable = add_steer_rmsnorm
     rope_append: Callable = rope_append
     grouped_decode_attention: Callable = grouped_decode_attention
-    prefill_attention: Callable = prefill_attention
+    prefill_attention: Callable = prefill_attention_by_library
     silu_mul: Callable = silu_mul
     linear: Callable = linear
     sample: Callable = sample
@@ -106,7 +106,7 @@ def select(backend: str, device: torch.device) -> Ops:
 
 
 def triton_ops() -> Ops:
-    """The Triton kernels; what is a matrix product is torch's, and prefill attention a library's."""
+    """The Triton kernels; what is a matrix product is torch's."""
     from icon2_rt.kernels.add_steer_rmsnorm import add_steer_rmsnorm
     from icon2_rt.kernels.begin_step import begin_step
     from icon2_rt.kernels.grouped_decode_attention import grouped_decode_attention
@@ -120,7 +120,6 @@ def triton_ops() -> Ops:
         add_steer_rmsnorm=add_steer_rmsnorm,
         rope_append=rope_append,
         grouped_decode_attention=grouped_decode_attention,
-        prefill_attention=prefill_attention_by_library,
         silu_mul=silu_mul,
         sample=sample,
         fixed=True,

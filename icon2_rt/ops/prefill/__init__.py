@@ -91,7 +91,9 @@ def path(name: str) -> Path:
 @cache
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attend:
     """The best way to attend that is here for a model of ``dtype`` and ``head_dim`` on ``device``."""
-    if device.type != "cuda" or not torch.cuda.is_available() or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return sdpa
+    if dtype not in (torch.float16, torch.bfloat16):
         return sdpa
     major, _ = torch.cuda.get_device_capability(device)
     return next((p.attend for p in PATHS if p.takes(major, head_dim) and p.why_not() is None), sdpa)
