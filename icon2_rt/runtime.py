@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from transformers import (
 from icon2_rt import models
 from icon2_rt.chat_template import ChatTemplate
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, PinnedPrefix, Request, Row, Sampling, resolve_sampling
-from icon2_rt.engine.kv import plan_pages
+from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, Message, PairedOutput, Prompt, Scored
@@ -45,9 +46,11 @@ class Runtime:
         tokenizer: its tokenizer; without one, prompts are token ids and completions have no text.
         device: ``"auto"`` (CUDA where there is one), or a torch device.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
-        kv_memory: bytes (or ``"8GiB"``) for KV pages; None: half of the free RAM, or 90 % of what a GPU has free.
+        kv_memory: bytes (or ``"8GiB"``) for KV pages; None: half of the free RAM, or what a GPU has free beside the
+            weights and all that a call needs (:class:`icon2_rt.engine.kv.Reserve`).
         max_rows: rows decoded together; further ones wait. page_size: tokens a KV page.
-        split_pages: pages an attention split (positions that are read together). prefill_chunk: tokens a prefill pass.
+        split_pages: pages an attention split (positions that are read together). prefill_chunk: tokens a prefill pass;
+            None: 2048, or 512 on a GPU of less than 16 GB.
         cuda_graphs: replay a decode step as one graph where the device and the backend can.
         max_directions, max_terms: the direction bank's slots, and the most terms of one steering.
 
@@ -69,7 +72,7 @@ class Runtime:
         max_terms: int = 8,
         page_size: int = 32,
         split_pages: int = 4,
-        prefill_chunk: int = 2048,
+        prefill_chunk: int | None = None,
         cuda_graphs: bool = True,
     ):
         if not isinstance(model, PreTrainedModel):
@@ -79,7 +82,8 @@ class Runtime:
             )
         options = EngineOptions(
             kv_memory=kv_memory, page_size=page_size, split_pages=split_pages, max_rows=max_rows,
-            max_directions=max_directions, max_terms=max_terms, prefill_chunk=prefill_chunk, cuda_graphs=cuda_graphs,
+            max_directions=max_directions, max_terms=max_terms, cuda_graphs=cuda_graphs,
+            **({} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}),
         )  # fmt: skip
         family = models.family_of(model)
         where = _device(device)
@@ -89,6 +93,8 @@ class Runtime:
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.tokenizer = tokenizer
         self.generation_config = model.generation_config
+        if prefill_chunk is None:
+            options = replace(options, prefill_chunk=default_prefill_chunk(where))
         self.options = options
         if kv_memory is not None:  # refused while the model is still whole
             plan_pages(self.spec, page_size, next(model.parameters()).dtype, where, kv_memory)
@@ -124,7 +130,7 @@ class Runtime:
         config = AutoConfig.from_pretrained(path, **shared)
         for architecture in config.architectures or [type(config).__name__]:
             models.find_family(architecture)  # before gigabytes are read, as all that follows
-        EngineOptions(**{k: v for k, v in own.items() if k != "keep_model"})
+        EngineOptions(**{k: v for k, v in own.items() if k != "keep_model" and v is not None})
         select(backend, _device(device))
         if tokenizer is None:
             try:

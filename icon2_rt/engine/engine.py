@@ -19,7 +19,7 @@ from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.batch import Batch, BatchSizes, Manner
 from icon2_rt.engine.forward import Model, logits
 from icon2_rt.engine.items import ITEM_QUERIES, partials_of
-from icon2_rt.engine.kv import KVPages, page_bytes, plan_pages
+from icon2_rt.engine.kv import LEAST_PARTIALS, PARTIALS_SHARE, SCORED_ROWS, KVPages, Reserve, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
 from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
@@ -30,8 +30,6 @@ from icon2_rt.steering import CompiledSteering
 Decode = Callable[[Sequence[int], Sequence[int]], str]  # the tokens before, and those whose text is wanted
 # How many steps the device may be ahead of what the host has looked at: enough that it never waits for Python.
 _BEHIND = 3
-# Bytes, the least set aside for the partial results of attention; else a share of the KV memory.
-_LEAST_WORKSPACE = 64 << 20
 # source page, target page, blocks
 PageCopy = tuple[int, int, slice]
 
@@ -89,7 +87,9 @@ class Engine:
                 f"this model has {heads} query heads for each KV head; the Triton kernels' tile holds {ITEM_QUERIES}. "
                 f"Use backend='reference'"
             )
-        n_pages = plan_pages(spec, options.page_size, model.dtype, model.device, options.kv_memory)
+        n_pages = plan_pages(
+            spec, options.page_size, model.dtype, model.device, options.kv_memory, self._reserve(fixed)
+        )
         with torch.inference_mode(False):  # tensors made inside it could not be written to outside
             self.kv = KVPages(spec, n_pages, options.page_size, model.dtype, model.device)
             self.bank = DirectionBank(
@@ -199,7 +199,7 @@ class Engine:
         split = kv.page_size * options.split_pages
         needs = [len(r.branches) * partials_of(r, split) for r in requests]
         each = 4 * self.model.spec.n_heads * (self.model.spec.head_dim + 1)  # bytes of a partial result
-        room = max(_LEAST_WORKSPACE, kv.n_bytes // 64) // each
+        room = max(LEAST_PARTIALS, kv.n_bytes // PARTIALS_SHARE) // each
         seats = max([options.max_rows, *(len(r.branches) for r in requests)])
         sizes = BatchSizes(
             seats=seats,
@@ -406,9 +406,9 @@ class Engine:
         the logits of a long completion would be larger than the model."""
         logprobs: list[float] = []
         entropies: list[float] = []
-        for begin in range(0, len(targets), 256):
-            scores = logits(self.model, h[begin : begin + 256]).float().log_softmax(dim=-1)
-            wanted = torch.tensor(targets[begin : begin + 256], device=h.device)
+        for begin in range(0, len(targets), SCORED_ROWS):
+            scores = logits(self.model, h[begin : begin + SCORED_ROWS]).float().log_softmax(dim=-1)
+            wanted = torch.tensor(targets[begin : begin + SCORED_ROWS], device=h.device)
             logprobs += scores.gather(1, wanted[:, None])[:, 0].tolist()
             entropies += torch.special.entr(scores.exp()).sum(dim=-1).tolist()
         return logprobs, entropies
@@ -440,6 +440,19 @@ class Engine:
                     self.kv.release(pages)
 
     # ---------------------------------------------------------------- memory
+
+    def _reserve(self, fixed: bool) -> Reserve:
+        options = self.options
+        return Reserve.of(
+            self.model.spec,
+            self.model.dtype,
+            seats=options.max_rows,
+            prefill_chunk=options.prefill_chunk,
+            max_directions=options.max_directions,
+            max_terms=options.max_terms,
+            page_size=options.page_size,
+            graphs=fixed and options.cuda_graphs,
+        )
 
     def _check_fits(self, pages: int, what: str, arithmetic: str) -> None:
         if pages > self.kv.n_pages:
