@@ -28,7 +28,7 @@ from torch import Tensor
 from icon2_rt.kernels.budget import Budget
 
 # Without steering 48 registers are enough. With it 2 programs of 8 warps fit a multiprocessor, a batch of 256 rows.
-BUDGET = Budget(registers=120, shared=64, narrow_loads=7)
+BUDGET = Budget(registers=120, shared=64, narrow_loads=7, registers_on={120: 128})
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -60,7 +60,7 @@ def add_steer_rmsnorm_kernel(
     cols = tl.arange(0, BLOCK)
     inside = cols < hidden
     if which is not None:
-        mine = tl.load(which + row, eviction_policy="evict_last")
+        mine = tl.load(which + row, eviction_policy="evict_last").to(tl.int64)
     h = tl.load(residual + row * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
     if x is not None:
         h += tl.load(x + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)

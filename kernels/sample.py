@@ -392,6 +392,8 @@ def sample(logits: Tensor, how: Any, state: Any) -> None:
         raw_max, raw_sum, top, best, winner, block_top, block_mass, n_blocks,
         CHUNK=chunk, BLOCK=block, num_warps=4, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
+    # enable_fp_fusion=False is needed here for more than parity. With a product fused into a butterfly sum, lanes of a
+    # warp can disagree in its last bit, leave the search's loop at different turns and hang at a barrier.
     choose_kernel[(rows,)](
         logits, logits.stride(0), vocab, state.tokens, state.positions, state.generated, state.running, state.logprobs,
         *settings, penalties, seen, seen_stride, how.eos, n_eos, how.min_tokens, how.budget,

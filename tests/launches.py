@@ -11,7 +11,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from icon2_rt.kernels.budget import Budget
 
-ARCHITECTURES = (80, 90, 100)
+# Shared memory that a program may have, in bytes, on every architecture that is supported.
+SHARED_MEMORY = {arch: kib * 1024 for arch, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+# For every shape: the oldest, and the one with other instructions. One shape of each kernel is compiled for all.
+USUAL = (80, 90)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Sizes:
 
 MODELS = (
     Sizes("Llama-3-8B", torch.bfloat16, 4096, 32, 8, 128, 14336, 128256),
+    Sizes("Llama-3.2-1B", torch.bfloat16, 2048, 32, 8, 64, 8192, 128256),
+    Sizes("Llama-3.2-3B", torch.bfloat16, 3072, 24, 8, 128, 8192, 128256),
+    Sizes("Qwen3-8B", torch.bfloat16, 4096, 32, 8, 128, 12288, 151936),
     Sizes("Qwen2-7B", torch.bfloat16, 3584, 28, 4, 128, 18944, 152064),
     Sizes("shipped-fp32", torch.float32, 128, 4, 2, 32, 256, 975),
     Sizes("shipped-bf16", torch.bfloat16, 128, 4, 2, 32, 256, 975),
@@ -130,11 +137,15 @@ class Compiled:
     shared: int
     wide_loads: int
     narrow_loads: int
+    threads: int
 
     def over(self, budget: Budget) -> list[str]:
-        """What of the budget is exceeded, in words; empty where nothing is."""
-        pairs = ((n, getattr(self, n), getattr(budget, n)) for n in ("registers", "stack", "shared", "narrow_loads"))
-        return [f"{self.name} on sm_{self.arch}: {n} {used} > {most}" for n, used, most in pairs if used > most]
+        """What of the budget, or of what the architecture has, is exceeded, in words; empty where nothing is."""
+        used = [(name, getattr(self, name), most) for name, most in budget.on(self.arch).items()]
+        used.append(("shared memory of the GPU", self.shared, SHARED_MEMORY[self.arch]))
+        # Registers are given to a warp in units of 8 for each thread.
+        used.append(("registers of the GPU", -(-self.registers // 8) * 8 * self.threads, 65536))
+        return [f"{self.name} on sm_{self.arch}: {name} {n} > {most}" for name, n, most in used if n > most]
 
 
 def compiled(launch: Launch, arch: int) -> Compiled:
@@ -166,6 +177,7 @@ def _compile(
         shared=code.metadata.shared,
         wide_loads=sum(wide),
         narrow_loads=len(wide) - sum(wide),
+        threads=32 * code.metadata.num_warps,
     )
 
 
@@ -182,6 +194,25 @@ def _loads(ptx: str) -> list[int]:
     return found + [128 for _ in re.findall(r"\bcp\.async\.bulk\.tensor\S*global\b", ptx)]
 
 
+def fused_with_a_shuffle(ptx: str) -> list[str]:
+    """The fused multiply-adds one of whose operands is what another lane has sent (``shfl.sync.bfly``), moved or
+    chosen on the way at most. In a butterfly sum such a lane rounds its own product once less than its partner."""
+    sent: set[str] = set()
+    fused = []
+    for line in ptx.splitlines():
+        found = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.]*)\s+([^;]*);", line)
+        if found is None:
+            continue
+        operation, operands = found[1], re.findall(r"%\w+", found[2])
+        reads_sent = bool(sent.intersection(operands[1:]))
+        moves = operation.startswith(("mov.", "selp.")) and reads_sent
+        if operation.startswith("shfl.sync.bfly") or moves:
+            sent.add(operands[0])
+        elif operation.startswith("fma.") and reads_sent:
+            fused.append(line.strip())
+    return fused
+
+
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory per thread, as the wheel's own cuobjdump tells."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -194,12 +225,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def over_budget(launches: list[Launch], budgets: dict[str, Budget]) -> list[str]:
-    """What exceeds its kernel's budget (by the kernel's name) on any of :data:`ARCHITECTURES`; empty is good."""
+def over_budget(launches: list[Launch], budgets: dict[str, Budget], architectures: Sequence[int] = USUAL) -> list[str]:
+    """What exceeds its kernel's budget (by the kernel's name) on any of ``architectures``; empty is good."""
     assert launches, "nothing was launched"
     return [
         line
         for launch in launches
-        for arch in ARCHITECTURES
+        for arch in architectures
         for line in compiled(launch, arch).over(budgets[launch.kernel.__name__])
     ]

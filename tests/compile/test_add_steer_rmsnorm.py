@@ -45,6 +45,11 @@ def test_within_budget(model: Sizes) -> None:
     assert over_budget(list(variants(model).values()), {"add_steer_rmsnorm_kernel": BUDGET}) == []
 
 
+def test_within_budget_on_every_architecture() -> None:
+    launches = list(variants(MODELS[0]).values())
+    assert over_budget(launches, {"add_steer_rmsnorm_kernel": BUDGET}, ARCHITECTURES) == []
+
+
 def test_one_launch_for_every_layer() -> None:
     x = torch.empty(ROWS, 128, device="meta")
     bound = [launches_of(add_steer_rmsnorm, x, x, x[0], 1e-5, steering(128), layer)[0].bind() for layer in (0, 1, 16)]

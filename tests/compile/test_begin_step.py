@@ -5,15 +5,14 @@ import torch
 
 from icon2_rt.kernels.begin_step import BUDGET, begin_step
 from icon2_rt.ops import AttentionItems, RowState
-from tests.launches import MODELS, Sizes, launches_of, over_budget
+from tests.launches import ARCHITECTURES, MODELS, Launch, Sizes, launches_of, over_budget
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@pytest.mark.parametrize("model", MODELS, ids=str)
-def test_within_budget_and_one_launch(model: Sizes) -> None:
+def launches(model: Sizes) -> list[Launch]:
     rows, n, group = 32, 1000, model.heads // model.kv_heads
     state = RowState(
         tokens=empty(rows, dtype=torch.int64),
@@ -35,6 +34,14 @@ def test_within_budget_and_one_launch(model: Sizes) -> None:
         n_partials=n,
     )
     inv_freq = empty(model.head_dim // 2, dtype=torch.float32)
-    launches = launches_of(begin_step, state, empty(rows, 512), 16, inv_freq, 1.0, items, model.dtype)
-    assert len(launches) == 1
-    assert over_budget(launches, {"begin_step_kernel": BUDGET}) == []
+    return launches_of(begin_step, state, empty(rows, 512), 16, inv_freq, 1.0, items, model.dtype)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_within_budget_and_one_launch(model: Sizes) -> None:
+    assert len(launches(model)) == 1
+    assert over_budget(launches(model), {"begin_step_kernel": BUDGET}) == []
+
+
+def test_within_budget_on_every_architecture() -> None:
+    assert over_budget(launches(MODELS[0]), {"begin_step_kernel": BUDGET}, ARCHITECTURES) == []

@@ -4,17 +4,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icon2_rt.kernels.grouped_decode_attention import MERGE_BUDGET, SPLIT_BUDGET, grouped_decode_attention
 from icon2_rt.ops import AttentionItems
-from tests.launches import MODELS, Launch, Sizes, compiled, launches_of, over_budget
+from tests.launches import (
+    ARCHITECTURES,
+    MODELS,
+    SHARED_MEMORY,
+    Launch,
+    Sizes,
+    compiled,
+    launches_of,
+    over_budget,
+    recorded,
+)
 
 BUDGETS = {"split_kernel": SPLIT_BUDGET, "merge_kernel": MERGE_BUDGET}
 # The other head sizes that models have, on a model's other sizes.
 LLAMA = MODELS[0]
 OTHERS = [
-    *(replace(LLAMA, name=f"heads of {d}", head_dim=d) for d in (64, 80, 256)),
+    *(replace(LLAMA, name=f"heads of {d}", head_dim=d) for d in (80, 96, 256)),
     replace(LLAMA, name="12 over 2 heads of 128 in fp32", dtype=torch.float32, heads=12, kv_heads=2),
 ]
 
@@ -46,12 +58,23 @@ def test_within_budget(model: Sizes) -> None:
     assert over_budget(launches(model), BUDGETS) == []
 
 
+def test_within_budget_on_every_architecture() -> None:
+    assert over_budget(launches(LLAMA), BUDGETS, ARCHITECTURES) == []
+
+
 @pytest.mark.parametrize("model", OTHERS, ids=str)
 def test_other_head_sizes_are_within_budget(model: Sizes) -> None:
-    assert [line for each in launches(model) for line in compiled(each, 90).over(BUDGETS[each.kernel.__name__])] == []
+    assert over_budget(launches(model), BUDGETS) == []
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_largest_head_fits_the_shared_memory(arch: int) -> None:
+    (split,) = [each for each in launches(OTHERS[2]) if each.kernel.__name__ == "split_kernel"]
+    assert OTHERS[2].head_dim == 256
+    assert compiled(split, arch).shared <= SHARED_MEMORY[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kv_flows_through_shared_memory_into_one_kind_of_tile(arch: int) -> None:
     split = compiled(launches(LLAMA)[0], arch)
     # K and V ahead of their use, asynchronously and 16 bytes at a time: two tiles before the loop, one inside it.
@@ -59,6 +82,29 @@ def test_kv_flows_through_shared_memory_into_one_kind_of_tile(arch: int) -> None
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in split.ptx
     # The larger tiles' instructions would give a row other bytes than the small one's.
     assert "wgmma" not in split.ptx and "tcgen05" not in split.ptx
+
+
+@triton.jit
+def careless_dot_kernel(a, b, out, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fp32_is_not_computed_in_ten_bits(arch: int) -> None:
+    """A dot of fp32 takes TF32 unless it is told not to, and the interpreter cannot show it."""
+    split, merge = launches(OTHERS[-1])
+    assert OTHERS[-1].dtype == torch.float32
+    for each in (split, merge):
+        assert "tf32" not in compiled(each, arch).ptx
+        assert "mma" not in compiled(each, arch).ptx
+
+
+def test_ten_bits_would_be_seen() -> None:
+    x = torch.empty(32, 32, device="meta")
+    with recorded() as made:
+        careless_dot_kernel[(1,)](x, x, x, N=32, num_warps=4)
+    assert "tf32" in compiled(made[0], 90).ptx
 
 
 def test_one_binary_for_all_blocks_and_batches() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icon2_rt.kernels.budget import Budget
 from icon2_rt.kernels.silu_mul import BUDGET, silu_mul
-from tests.launches import compiled, launches_of, over_budget
+from tests.launches import ARCHITECTURES, SHARED_MEMORY, compiled, launches_of, over_budget
 
 
 def test_narrow_loads_are_over_budget() -> None:
@@ -28,7 +30,21 @@ def test_a_view_is_bound_as_far_as_it_is_aligned() -> None:
 
 def test_registers_are_counted() -> None:
     launches = launches_of(silu_mul, torch.empty(4, 2048, device="meta"))
-    assert len(over_budget(launches, {"silu_mul_kernel": Budget(registers=8, shared=0, narrow_loads=0)})) == 3
+    small = Budget(registers=8, shared=0, narrow_loads=0)
+    assert len(over_budget(launches, {"silu_mul_kernel": small}, ARCHITECTURES)) == len(ARCHITECTURES)
+    raised = replace(small, registers_on={86: 255, 120: 255})
+    over = over_budget(launches, {"silu_mul_kernel": raised}, ARCHITECTURES)
+    assert [line.split(":")[0] for line in over] == [f"silu_mul_kernel on sm_{arch}" for arch in (80, 89, 90, 100)]
+
+
+def test_what_a_gpu_does_not_have_is_over_any_budget() -> None:
+    (launch,) = launches_of(silu_mul, torch.empty(4, 2048, device="meta"))
+    budget = Budget(registers=255, shared=1 << 20, narrow_loads=0)
+    for arch, most in SHARED_MEMORY.items():
+        greedy = replace(compiled(launch, arch), shared=100 * 1024, registers=72, threads=1024)
+        lines = greedy.over(budget)
+        assert any("shared memory of the GPU" in line for line in lines) is (most < 100 * 1024)
+        assert any("registers of the GPU 73728 > 65536" in line for line in lines)
 
 
 def test_fake_tensors_are_recorded_like_meta_tensors() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icon2_rt.kernels.sample import CHOOSE, SCAN, sample
 from icon2_rt.ops import RowSampling, RowState
-from tests.launches import MODELS, Launch, Sizes, compiled, launches_of, over_budget
+from tests.launches import (
+    ARCHITECTURES,
+    MODELS,
+    Launch,
+    Sizes,
+    compiled,
+    fused_with_a_shuffle,
+    launches_of,
+    over_budget,
+)
 
 BUDGETS = {"scan_kernel": SCAN, "choose_kernel": CHOOSE}
 
@@ -52,13 +63,17 @@ def test_a_graphs_buffers_within_budget(model: Sizes) -> None:
     assert over_budget(launches(model), BUDGETS) == []
 
 
+def test_within_budget_on_every_architecture() -> None:
+    assert over_budget(launches(MODELS[0]), BUDGETS, ARCHITECTURES) == []
+
+
 @pytest.mark.parametrize("model", [m for m in MODELS if m.name in ("Llama-3-8B", "shipped-bf16")], ids=str)
 @pytest.mark.parametrize("draws", [False, True], ids=["greedy", "draws"])
 def test_without_filters_within_budget(model: Sizes, draws: bool) -> None:
     assert over_budget(launches(model, draws, dense=False), BUDGETS) == []
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m.vocab > 100_000], ids=str)
+@pytest.mark.parametrize("model", [m for m in MODELS if m.name in ("Llama-3-8B", "Qwen2-7B", "Qwen3-8B")], ids=str)
 def test_logits_are_read_16_bytes_at_a_time(model: Sizes) -> None:
     """A program of the scan has 16 logits per thread: two loads; with the penalty, 16 flags more."""
     scan, _ = launches(model, dense=False)
@@ -66,6 +81,23 @@ def test_logits_are_read_16_bytes_at_a_time(model: Sizes) -> None:
     scan, choose = launches(model)
     assert compiled(scan, 90).wide_loads == 3
     assert compiled(choose, 90).wide_loads >= 2
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lanes_agree_on_what_they_have_summed(arch: int) -> None:
+    """The search takes its turns by sums over a warp's lanes, which must be equal in all of them to the last bit."""
+    for launch in launches(MODELS[0]):
+        ptx = compiled(launch, arch).ptx
+        assert "shfl.sync.bfly" in ptx
+        assert fused_with_a_shuffle(ptx) == []
+
+
+def test_contraction_would_let_lanes_disagree() -> None:
+    """Left to itself Triton fuses, and the test above sees it."""
+    _, choose = launches(MODELS[0])
+    assert choose.options["enable_fp_fusion"] is False
+    fused = compiled(replace(choose, options={**choose.options, "enable_fp_fusion": True}), 90)
+    assert fused_with_a_shuffle(fused.ptx) != []
 
 
 @pytest.mark.parametrize(("draws", "dense"), [(False, False), (True, False), (True, True)])
