@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
-#include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +29,9 @@ __attribute__((weak))
 void bind_cuda(py::module_& m);
 
 namespace {
+
+// Of what icon2_rt/ops/native.py calls; both change together.
+constexpr int kInterface = 2;
 
 const Kernels* kernels = nullptr;
 
@@ -55,25 +58,71 @@ void use_instruction_set(const std::string& name) {
   throw py::value_error("instruction set '" + name + "' is not one of " + std::string(py::str(instruction_sets())));
 }
 
-// A step that was captured: its kernels with their arguments, in order, and the tensors whose memory they use.
+// A step that is captured: its kernels with their arguments, in order, and the tensors whose memory they use. What this
+// thread runs between begin() and end() becomes part of it; other threads, and their captures, go their own way.
 class Program {
  public:
-  void add(int64_t work, std::function<void()> call) {
-    work_ += work;
-    calls_.push_back(std::move(call));
+  Program() = default;
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+  ~Program() { close(); }
+
+  void begin() {
+    if (recording != nullptr || ended_)
+      throw std::runtime_error(ended_ ? "this program has been captured: a new step needs a new one"
+                                      : "this thread is capturing a step already");
+    recording = this;
+    kept = &tensors_;
   }
-  std::vector<py::object>& tensors() { return tensors_; }
+
+  // Called by the thread that began. False: a part of the step was not ours, so it cannot be repeated.
+  bool end() {
+    if (recording != this) throw std::runtime_error("this thread is not capturing this program");
+    close();
+    ended_ = true;
+    return !spoilt_;
+  }
+
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
   void repeat() const {
+    if (!ended_ || spoilt_) throw std::runtime_error("this program holds no whole step");
     giving_way(work_, [this] {
       for (const auto& call : calls_) call();
     });
   }
 
+  // `f` holds its arguments by value: a captured step calls it again.
+  template <class F>
+  static void run(int64_t work, F f) {
+    giving_way(work, f);
+    if (recording != nullptr) recording->add(work, std::move(f));
+  }
+
+  // What this thread runs now is not ours: a step that it captures cannot be repeated.
+  static void spoil() {
+    if (recording == nullptr) return;
+    recording->spoilt_ = true;
+    recording->calls_.clear();
+    recording->tensors_.clear();
+  }
+
+ private:
+  void add(int64_t work, std::function<void()> call) {
+    if (spoilt_) return;
+    work_ += work;
+    calls_.push_back(std::move(call));
+  }
+
+  void close() {
+    if (recording != this) return;
+    recording = nullptr;
+    kept = nullptr;
+  }
+
   // Other Python threads may run while kernels work for long; for short ones giving way costs more than it is worth.
   template <class F>
-  static void giving_way(int64_t work, F f) {
+  static void giving_way(int64_t work, const F& f) {
     if (work < kWorkPerThread) {
       f();
     } else {
@@ -82,35 +131,19 @@ class Program {
     }
   }
 
- private:
+  static thread_local Program* recording;  // what this thread captures now
+
   std::vector<std::function<void()>> calls_;
   std::vector<py::object> tensors_;
   int64_t work_ = 0;
+  bool ended_ = false, spoilt_ = false;
 };
 
-std::unique_ptr<Program> capturing;
+thread_local Program* Program::recording = nullptr;
 
-void begin_capture() {
-  capturing = std::make_unique<Program>();
-  kept = &capturing->tensors();
-}
-
-// What was captured since begin_capture, or None after abandon_capture.
-std::unique_ptr<Program> end_capture() {
-  kept = nullptr;
-  return std::move(capturing);
-}
-
-void abandon_capture() {
-  kept = nullptr;
-  capturing.reset();
-}
-
-// `f` holds its arguments by value: a captured step calls it again.
 template <class F>
 void run(int64_t work, F f) {
-  Program::giving_way(work, f);
-  if (capturing) capturing->add(work, std::move(f));
+  Program::run(work, std::move(f));
 }
 
 void py_embed(py::handle tokens_, py::handle weight_, py::handle out_) {
@@ -437,6 +470,7 @@ PYBIND11_MODULE(_native, m) {
   using namespace icon2;
   kernels = best();
   m.attr("build") = ICON2_BUILD;
+  m.attr("interface") = kInterface;
   m.def("use_exchange", &use_exchange, "How torch lends its tensors: its __dlpack_c_exchange_api__.");
   m.def("use_openmp", &use_openmp, "Find the OpenMP runtime of this process, one below this folder first.");
   m.def("openmp_path", &openmp_path);
@@ -444,10 +478,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return kernels->name; });
   m.def("use_instruction_set", &use_instruction_set);
-  py::class_<Program>(m, "Program").def("repeat", &Program::repeat).def("__len__", &Program::size);
-  m.def("begin_capture", &begin_capture);
-  m.def("abandon_capture", &abandon_capture);
-  m.def("end_capture", &end_capture);
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      .def("begin", &Program::begin)
+      .def("end", &Program::end)
+      .def("repeat", &Program::repeat)
+      .def("__len__", &Program::size)
+      .def_static("spoil", &Program::spoil);
   m.def("philox", &py_philox);
   m.def("embed", &py_embed);
   m.def("add_steer_rmsnorm", &py_add_steer_rmsnorm);

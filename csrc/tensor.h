@@ -24,8 +24,8 @@ inline void use_exchange(const py::capsule& capsule) {
   exchange = found;
 }
 
-// Where every tensor that is looked at is kept while a step is captured; null otherwise.
-inline std::vector<py::object>* kept = nullptr;
+// Where every tensor that this thread looks at is kept while it captures a step; null otherwise.
+inline thread_local std::vector<py::object>* kept = nullptr;
 
 enum class Kind { floating, f32, i32, i64, boolean };
 

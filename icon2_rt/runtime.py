@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from icon2_rt import models
 from icon2_rt.chat_template import ChatTemplate
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, PinnedPrefix, Request, Row, Sampling, resolve_sampling
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
+from icon2_rt.engine.turns import Stream
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, Message, PairedOutput, Prompt, Scored
@@ -39,6 +41,10 @@ TemplateVariables = Mapping[str, Any] | None
 
 class Runtime:
     """A model that decodes steered branches, several of one prompt in a single pass over one prompt KV.
+
+    Any thread may call it. Calls of several threads wait for each other: one that returns when it is done
+    (``generate``, ``score`` …) for a whole call, a stream for its next output only. Runtimes on one CUDA device wait
+    for each other too; on a CPU each works for itself (unless Triton interprets its kernels there).
 
     Args:
         model: a loaded transformers model of a supported family. Its weights are taken over block by block and the
@@ -100,6 +106,7 @@ class Runtime:
             plan_pages(self.spec, page_size, next(model.parameters()).dtype, where, kv_memory)
         weights = models.take_weights(model, family, where, keep_model)
         self._engine = Engine(Model(self.spec, weights, ops), options)
+        self._turns = self._engine.turns
         self._encoder = Encoder(tokenizer, self.spec.vocab_size, self.spec.max_length)
         self._warned: set[str] = set()
         self.usage = Usage()
@@ -141,7 +148,8 @@ class Runtime:
                     f"transformers and use Runtime(model), whose prompts are token ids. ({error})"
                 ) from error
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            with _LOADING:
+                model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"a file of weights of {str(path)!r} is damaged or was not copied whole ({error}): get it again"
@@ -214,7 +222,9 @@ class Runtime:
             steering: one for all prompts, or a list with one per prompt; None = unsteered.
             options: see :meth:`generate_branches`.
         """
-        return [output.branches[0] for output in _in_order(self._stream(prompts, {"steering": steering}, **options))]
+        with self._turns:
+            outputs = _in_order(self._stream(prompts, {"steering": steering}, **options))
+        return [output.branches[0] for output in outputs]
 
     def generate_branches(
         self,
@@ -250,13 +260,14 @@ class Runtime:
         Raises:
             TypeError, ValueError: before any work; the message names the argument and what would be right.
         """
-        return _in_order(
-            self.stream_branches(
-                prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
-                generation_config=generation_config, chat_template_kwargs=chat_template_kwargs, progress=progress,
-                **sampling,
-            )
-        )  # fmt: skip
+        with self._turns:
+            return _in_order(
+                self.stream_branches(
+                    prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
+                    generation_config=generation_config, chat_template_kwargs=chat_template_kwargs, progress=progress,
+                    **sampling,
+                )
+            )  # fmt: skip
 
     def stream_branches(
         self, prompts: Sequence[Prompt], branches: Sequence[Steerings], **options: Any
@@ -276,8 +287,9 @@ class Runtime:
         self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
     ) -> list[PairedOutput]:
         """A positive and a negative branch of every prompt, in one pass. Options as in :meth:`generate_branches`."""
-        pairs = self.stream_pairs(prompts, positive=positive, negative=negative, **options)
-        return sorted(pairs, key=lambda pair: pair.index)
+        with self._turns:
+            pairs = self.stream_pairs(prompts, positive=positive, negative=negative, **options)
+            return sorted(pairs, key=lambda pair: pair.index)
 
     def stream_pairs(
         self,
@@ -292,7 +304,7 @@ class Runtime:
         Arguments are checked at the call, not at the first pair.
         """
         outputs = self._stream(prompts, {"positive": positive, "negative": negative}, **options)
-        return (PairedOutput(o.index, o.prompt, *o.branches) for o in outputs)
+        return Stream(self._turns, (PairedOutput(o.index, o.prompt, *o.branches) for o in outputs))
 
     def _stream(
         self,
@@ -334,10 +346,10 @@ class Runtime:
             )
             for n, ids in enumerate(tokens)
         ]
-        self._engine.check(requests)
-        return self._run(
-            list(prompts), requests, template, progress
-        )  # a copy: the caller may change the list meanwhile
+        with self._turns:
+            self._engine.check(requests)
+        # A copy: the caller may change the list meanwhile.
+        return Stream(self._turns, self._run(list(prompts), requests, template, progress))
 
     def _tokens(
         self, prompts: Sequence[Prompt], prefix: Prefix | None, variables: TemplateVariables
@@ -357,7 +369,7 @@ class Runtime:
 
     def _run(
         self, prompts: Sequence[Prompt], requests: list[Request], template: ChatTemplate, progress: bool
-    ) -> Iterator[BranchedOutput]:
+    ) -> Generator[BranchedOutput]:
         decode = self._encoder.decode_behind if self.tokenizer is not None else None
         with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
             for request, rows in self._engine.decode(requests, decode):
@@ -518,7 +530,7 @@ class Runtime:
             except (TypeError, ValueError) as error:
                 raise named(error, f"completions[{n}]") from None
         scored: list[Scored | None] = [None] * len(sequences)
-        with tqdm(total=len(sequences), unit="completion", disable=not progress) as bar:
+        with self._turns, tqdm(total=len(sequences), unit="completion", disable=not progress) as bar:
             for n, logprobs, entropies in self._engine.score(sequences):
                 tokens, n_prompt, _ = sequences[n]
                 scored[n] = Scored(tokens[n_prompt:], logprobs, entropies)
@@ -545,8 +557,9 @@ class Runtime:
         def keep(rows: list[int], layer: int, h: Tensor) -> None:
             out[rows, layer] = h.float().cpu()
 
-        for _ in self._read(tokens, keep, pinned, progress):
-            pass
+        with self._turns:
+            for _ in self._read(tokens, keep, pinned, progress):
+                pass
         return out
 
     def _read(
@@ -598,8 +611,9 @@ class Runtime:
         def dot(rows: list[int], layer: int, h: Tensor) -> None:
             out[rows, :, layer] = (h.float() @ bank[layer].T).cpu()
 
-        for _ in self._read(tokens, dot, pinned, progress):
-            pass
+        with self._turns:
+            for _ in self._read(tokens, dot, pinned, progress):
+                pass
         return out
 
     def extract_direction(
@@ -644,12 +658,13 @@ class Runtime:
             for row, state in zip(rows, h.float().cpu(), strict=True):
                 states.setdefault(row, torch.empty(shape, dtype=torch.float32, device="cpu"))[layer] = state
 
-        for _ in self._read(interleaved, keep, None, progress):
-            pairs = [n for n in sorted(states) if n % 2 == 0 and n + 1 in states]
-            if pairs:
-                statistics.add(
-                    torch.stack([states.pop(n) for n in pairs]), torch.stack([states.pop(n + 1) for n in pairs])
-                )
+        with self._turns:
+            for _ in self._read(interleaved, keep, None, progress):
+                pairs = [n for n in sorted(states) if n % 2 == 0 and n + 1 in states]
+                if pairs:
+                    statistics.add(
+                        torch.stack([states.pop(n) for n in pairs]), torch.stack([states.pop(n + 1) for n in pairs])
+                    )
         vectors, health = statistics.direction(method)
         return Direction(
             name,
@@ -678,14 +693,16 @@ class Prefix:
     def __enter__(self) -> Prefix:
         if self._pinned is not None:
             raise RuntimeError("this prefix is pinned already: it is inside its `with` block")
-        self._pinned = self._runtime._engine.pin(self.tokens)
-        self._runtime.usage.read(len(self.tokens))
+        with self._runtime._turns:
+            self._pinned = self._runtime._engine.pin(self.tokens)
+            self._runtime.usage.read(len(self.tokens))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._pinned is not None:
-            self._runtime._engine.unpin(self._pinned)
-            self._pinned = None
+        with self._runtime._turns:
+            if self._pinned is not None:
+                self._runtime._engine.unpin(self._pinned)
+                self._pinned = None
 
     @property
     def pinned(self) -> PinnedPrefix:
@@ -729,6 +746,9 @@ class Prefix:
             whole.append(ids)
         return whole
 
+
+# transformers sets variables of the process while it loads (the default dtype, torch.nn.init): one thread at a time.
+_LOADING = threading.Lock()
 
 _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",

@@ -23,6 +23,7 @@ from icon2_rt.engine.kv import LEAST_PARTIALS, PARTIALS_SHARE, SCORED_ROWS, KVPa
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
 from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
+from icon2_rt.engine.turns import turns_on
 from icon2_rt.outputs import FinishReason
 from icon2_rt.steering import CompiledSteering
 
@@ -74,7 +75,8 @@ class _Plan:
 
 class Engine:
     """KV memory, the direction bank and the loop over both. One per runtime; calls may nest (a stream may be open
-    while another call runs), each sees only its own rows."""
+    while another call runs), each sees only its own rows. One thread at a time may work with it: ``turns`` is for
+    whoever calls to take."""
 
     def __init__(self, model: Model, options: EngineOptions):
         spec = model.spec
@@ -82,6 +84,7 @@ class Engine:
         self.stream = EngineStream(model.device)  # every entry point that touches the device runs in it
         heads = spec.n_heads // spec.n_kv_heads
         fixed = model.ops.fixed
+        self.turns = turns_on(model.device, fixed)
         if fixed and heads > ITEM_QUERIES:
             raise ValueError(
                 f"this model has {heads} query heads for each KV head; the Triton kernels' tile holds {ITEM_QUERIES}. "

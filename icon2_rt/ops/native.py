@@ -21,6 +21,9 @@ from icon2_rt.ops.attention import AttentionItems
 from icon2_rt.ops.sample import RowSampling
 from icon2_rt.ops.state import RowState
 
+# Of what is called here (csrc/bind.cpp, kInterface); both change together.
+_INTERFACE = 2
+
 
 def _load() -> tuple[Any, str | None]:
     """The extension, ready for use, or None and why it is not there."""
@@ -30,6 +33,11 @@ def _load() -> tuple[Any, str | None]:
         if isinstance(error, ModuleNotFoundError):
             return None, "a pure Python installation: it was installed without a C++ compiler or without pybind11"
         return None, f"the extension does not load: {error}"
+    if getattr(_native, "interface", None) != _INTERFACE:
+        return None, (
+            "the extension was built from other sources than this package's: build it again, with "
+            "`pip install .` or, in a checkout, `python setup.py build_ext --inplace`"
+        )
     lend = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if lend is None:
         return None, f"torch {torch.__version__} does not lend its tensors to C (DLPack's exchange interface)"
@@ -56,13 +64,17 @@ FEW_ROWS = 64
 
 def capture(step: Callable[[], object]) -> Callable[[], None] | None:
     """Run ``step``, whose ops are these; returns what runs its kernels again on the same memory, a CPU's counterpart of
-    a CUDA graph. None where a part of it was torch's. Whatever the step read and wrote must stay where it is."""
-    extension.begin_capture()
+    a CUDA graph. None where a part of it was torch's. Whatever the step read and wrote must stay where it is.
+
+    What is captured is what this thread runs; other threads may run and capture steps of other memory meanwhile."""
+    program = extension.Program()
+    program.begin()
+    whole = False
     try:
         step()
     finally:
-        program = extension.end_capture()
-    return program.repeat if program is not None else None
+        whole = program.end()
+    return program.repeat if whole else None
 
 
 def embed(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`icon2_rt.ops.linear`."""
     rows = x.shape[0]
     if rows > FEW_ROWS:
-        extension.abandon_capture()
+        extension.Program.spoil()
         return F.linear(x, weight, bias)
     out = torch.empty((rows, weight.shape[0]), dtype=x.dtype, device=x.device)
     extension.linear(x, weight, bias, out)
