@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from icon2_rt.pipeline.files import from_jsonl, to_jsonl
-from icon2_rt.pipeline.loading import end_tokens
+from icon2_rt.pipeline.files import from_jsonl, text_of, to_jsonl
+from icon2_rt.pipeline.loading import own_end_tokens, rendering
 from icon2_rt.pipeline.sampling import neutral
-from icon2_rt.pipeline.templates import chat_frame, chat_length
+from icon2_rt.pipeline.templates import chat_frame
+from icon2_rt.prompts import check_text
 
 if TYPE_CHECKING:
     from icon2_rt import Completion, Runtime
@@ -40,10 +41,11 @@ def read_questions(path: str | Path, benchmark: Benchmark) -> list[tuple[str, Ma
     path = Path(path)
     data = path.read_bytes()
     records: list[Any]
-    if data.lstrip()[:1] == b"[":
+    text = text_of(data, str(path))
+    if text.lstrip().startswith("["):
         try:
-            records = json.loads(data)
-        except ValueError as error:
+            records = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
     else:
         records = list(from_jsonl(data, str(path)))
@@ -69,6 +71,10 @@ def _question(record: Any, benchmark: Benchmark, where: str) -> str:
         wanted = '"uid" and "prompt" (version 2.0), or "question_id" and "turns" (version 0.1)'
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: a question of {benchmark} needs {wanted}")
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return text
 
 
@@ -92,38 +98,43 @@ def answer(
     Raises:
         ValueError: a question that leaves no room for ``max_new_tokens``, by its number.
     """
-    eos = end_tokens(rt)
-    frame = chat_frame(rt.tokenizer, eos)
+    frame = chat_frame(rt.tokenizer, own_end_tokens(rt), variables=rt.template.variables, clock=rt.template.clock)
     chats = [frame.messages(text) for text, _ in questions]
     room = rt.spec.max_length - max_new_tokens
     for n, chat in enumerate(chats, start=1):
-        if (length := chat_length(rt.tokenizer, chat)) > room:
+        if (length := frame.length(chat)) > room:
             raise ValueError(
                 f"question {n} has {length} tokens and leaves no room for max_new_tokens = {max_new_tokens}: the model "
                 f"has {rt.spec.max_length} positions"
             )
-    sampling = neutral(temperature=temperature, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos)
+    sampling = neutral(
+        temperature=temperature,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=frame.end_token_ids,
+        stop_string=frame.end_string,
+    )
     completions: list[Completion | None] = [None] * len(chats)
-    stream = rt.stream_branches(chats, [None], seed=seed, generation_config=sampling)
-    for finished, output in enumerate(stream, start=1):
-        completions[output.index] = output.branches[0]
-        done(finished)
+    with rendering(rt, frame):
+        stream = rt.stream_branches(chats, [None], seed=seed, generation_config=sampling)
+        for finished, output in enumerate(stream, start=1):
+            completions[output.index] = output.branches[0]
+            done(finished)
     make = _alpaca_eval if benchmark == "alpaca_eval" else _arena_hard
     return [
-        make(record, text, completion, name)
+        make(record, text, frame.said(completion), len(completion.token_ids), name)
         for (text, record), completion in zip(questions, completions, strict=True)
         if completion is not None
     ]
 
 
-def _alpaca_eval(record: Mapping[str, Any], text: str, completion: Completion, name: str) -> dict[str, Any]:
+def _alpaca_eval(record: Mapping[str, Any], text: str, said: str, tokens: int, name: str) -> dict[str, Any]:
     dataset = {"dataset": record["dataset"]} if "dataset" in record else {}
-    return {"instruction": text, "output": completion.text, "generator": name, **dataset}
+    return {"instruction": text, "output": said, "generator": name, **dataset}
 
 
-def _arena_hard(record: Mapping[str, Any], text: str, completion: Completion, name: str) -> dict[str, Any]:
-    said = completion.text or ""
-    style = {"token_len": len(completion.token_ids), **_markdown(said)}
+def _arena_hard(record: Mapping[str, Any], text: str, said: str, tokens: int, name: str) -> dict[str, Any]:
+    style = {"token_len": tokens, **_markdown(said)}
     number = record.get("uid", record.get("question_id"))
     own_id = hashlib.sha256(f"{name}/{number}/{said}".encode()).hexdigest()[:22]
     if "uid" in record:

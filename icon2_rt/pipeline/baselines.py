@@ -25,7 +25,7 @@ from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.judges import Judge, verdicts
 from icon2_rt.pipeline.pairs import Answer, preference, response_sampling
 from icon2_rt.pipeline.sampling import neutral, stage_seed
-from icon2_rt.pipeline.templates import Chat, ChatFrame, chat_length
+from icon2_rt.pipeline.templates import Chat, ChatFrame
 
 if TYPE_CHECKING:
     from icon2_rt import Completion, Runtime
@@ -108,7 +108,7 @@ class _Recipe:
     ):
         self.rt, self.frame, self.baseline, self.config = rt, frame, baseline, config
         self.criteria, self.eos, self.seed = criteria, eos, seed
-        self.sampling = response_sampling(config, eos)
+        self.sampling = response_sampling(config, eos, frame.end_string)
 
     def sample(self, instructions: Sequence[Instruction]) -> list[list[Completion]]:
         """n responses to every instruction, over one copy of the prompt's KV."""
@@ -133,7 +133,9 @@ class _Recipe:
         found = []
         for n, (item, pair) in enumerate(zip(instructions, pairs, strict=True)):
             given = rewards[n] if rewards is not None else (None, None)
-            chosen, rejected = (Answer(pair[k], scored[2 * n + k], given[k]) for k in range(2))
+            chosen, rejected = (
+                Answer(pair[k], scored[2 * n + k], self.frame.said(pair[k]), given[k]) for k in range(2)
+            )
             found.append(preference(item, chosen, rejected, self.config.per_token))
         return found
 
@@ -163,7 +165,7 @@ class _Recipe:
         self, instructions: Sequence[Instruction], samples: Sequence[Sequence[Completion]], judge: Judge
     ) -> list[list[float | None]]:
         asked = [item.text for item, several in zip(instructions, samples, strict=True) for _ in several]
-        said = [completion.text or "" for several in samples for completion in several]
+        said = [self.frame.said(completion) for several in samples for completion in several]
         return self._by_instruction(samples, verdicts(judge, asked, said))
 
     def graded(
@@ -174,8 +176,8 @@ class _Recipe:
         chats, places = [], []
         for i, (item, several) in enumerate(zip(instructions, samples, strict=True)):
             for k, completion in enumerate(several):
-                chat = self.frame.messages(GRADE.format(instruction=item.text, response=completion.text))
-                if chat_length(self.rt.tokenizer, chat) <= room:
+                chat = self.frame.messages(GRADE.format(instruction=item.text, response=self.frame.said(completion)))
+                if self.frame.length(chat) <= room:
                     chats.append(chat)
                     places.append((i, k))
         grades: list[list[float | None]] = [[None] * len(several) for several in samples]
@@ -184,7 +186,7 @@ class _Recipe:
                 chats,
                 [None] * self.baseline.votes,
                 seed=stage_seed(self.seed, "grades"),
-                sample_ids=[instructions[i].id * len(samples[i]) + k for i, k in places],
+                sample_ids=[(instructions[i].id * len(samples[i]) + k) % 2**64 for i, k in places],
                 generation_config=neutral(
                     temperature=1.0, top_p=1.0, max_new_tokens=_GRADE_TOKENS, eos_token_id=self.eos
                 ),
@@ -228,10 +230,12 @@ class _Recipe:
                 REFINE.format(
                     instruction=item.text,
                     n=len(drafts),
-                    drafts="\n\n".join(f"Draft {k}: {draft.text}" for k, draft in enumerate(drafts, start=1)),
+                    drafts="\n\n".join(
+                        f"Draft {k}: {self.frame.said(draft)}" for k, draft in enumerate(drafts, start=1)
+                    ),
                 )
             )
-            if chat_length(self.rt.tokenizer, chat) > room:
+            if self.frame.length(chat) > room:
                 dropped["too long"] += 1
                 continue
             items.append(item)

@@ -177,7 +177,7 @@ def climb(
         seed=stage_seed(seed, "calibration"),
         noise=pairs.noise,
         sample_ids=[item.instruction.id for item in items],
-        generation_config=response_sampling(pairs, eos_token_ids),
+        generation_config=response_sampling(pairs, eos_token_ids, frame.end_string),
     )
     responses = [[output.branches[k] for output in outputs] for k in range(len(branches))]
     chats = [frame.messages(item.instruction.text) for item in items]
@@ -190,7 +190,7 @@ def climb(
         return Rung(
             dose=dose,
             gamma=dose * norm,
-            quality=tuple(verdicts(by, texts, [completion.text or "" for completion in responses[k]])),
+            quality=tuple(verdicts(by, texts, [frame.said(completion) for completion in responses[k]])),
             logprob=tuple(logprob),
             divergence=tuple(fmean(c.logprobs) - p for c, p in zip(responses[k], logprob, strict=True)),
             cut_off=tuple(float(c.finish_reason == "length") for c in responses[k]),

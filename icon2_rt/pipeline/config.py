@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icon2_rt.pipeline.criteria import Criterion, default_criteria
+from icon2_rt.pipeline.files import text_of
 from icon2_rt.pipeline.functions import FUNCTION_FORM, function_file, is_function
 
 Check = Callable[[Any], "str | None"]  # what is wrong with a value, or None
@@ -234,7 +235,8 @@ class RunConfig:
     ``model`` is a path, a hub id, or "tiny" for the model that ships with the package. ``preset`` fills in what is left
     out (:data:`PRESETS`). ``criteria`` are tables with two prompts each, or a list of names of the paper's four, which
     are the default (for "tiny": those it was trained with). ``calibrate = true`` is a calibration with the defaults of
-    its section; false leaves a ``[calibration]`` section to ``icon2 calibrate`` alone.
+    its section; false leaves a ``[calibration]`` section to ``icon2 calibrate`` alone. ``template`` are variables of
+    the model's chat template, such as ``enable_thinking = false``.
     """
 
     model: str = option(_REQUIRED, not_empty)
@@ -249,10 +251,11 @@ class RunConfig:
     calibrate: bool | None = option(None)
     calibration: CalibrationConfig | None = None
     baseline: BaselineConfig | None = None
+    template: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Read a TOML file. Files that it names are relative to its own folder.
+        """Read a TOML file. Files and folders that it names are relative to its own folder.
 
         Raises:
             ValueError: no TOML, or settings that are wrong: all of them in one message, each with its key's path.
@@ -324,11 +327,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; what is needed is a TOML file (examples/ has some)")
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        return tomllib.loads(text_of(path.read_bytes(), str(path)))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def read_criteria(path: str | Path) -> dict[str, Criterion]:
@@ -590,6 +591,15 @@ def _resolve_files(config: RunConfig, folder: Path | None, errors: list[str]) ->
         file = function_file(value)
         return value if file is None else f"{resolve(file, path)}:{value.rpartition(':')[2]}"
 
+    def resolve_model(value: str) -> str:
+        """A folder by its path; a hub id, or what is no folder here, as it is."""
+        place = Path(value).expanduser()
+        if value in ("", "tiny") or folder is None or is_function(value):
+            return value
+        if value.startswith((".", "~")) or (folder / place).is_dir():
+            return str((folder / place).resolve())
+        return value
+
     directions = dataclasses.replace(
         config.directions,
         file=resolve(config.directions.file, "directions.file"),
@@ -599,11 +609,14 @@ def _resolve_files(config: RunConfig, folder: Path | None, errors: list[str]) ->
     filter_ = dataclasses.replace(config.filter, scale=resolve_function(config.filter.scale, "filter.scale"))
     baseline, calibration = config.baseline, config.calibration
     if baseline is not None and baseline.judge is not None:
-        baseline = dataclasses.replace(baseline, judge=resolve_function(baseline.judge, "baseline.judge"))
+        judge = resolve_model(resolve_function(baseline.judge, "baseline.judge"))
+        baseline = dataclasses.replace(baseline, judge=judge)
     if calibration is not None and calibration.judge is not None:
-        calibration = dataclasses.replace(calibration, judge=resolve_function(calibration.judge, "calibration.judge"))
+        judge = resolve_model(resolve_function(calibration.judge, "calibration.judge"))
+        calibration = dataclasses.replace(calibration, judge=judge)
     return dataclasses.replace(
         config,
+        model=resolve_model(config.model),
         directions=directions,
         instructions=instructions,
         filter=filter_,
@@ -662,9 +675,14 @@ def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return None
     if dataclasses.is_dataclass(hint):
         return _read(typing.cast(type, hint), value, path, errors)
+    if hint is Any:
+        if not _is_json(value):
+            errors.append(f"{path}: must be a text, a number, true or false, a list or a table, not {_show(value)}")
+        return value
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            errors.append(f"{path}: must be tables like [{path}.honesty], not {_show(value)}")
+            form = f"a table like [{path}]" if args[1] is Any else f"tables like [{path}.honesty]"
+            errors.append(f"{path}: must be {form}, not {_show(value)}")
             return None
         read = {str(k): _read_value(args[1], v, _join(path, str(k)), errors) for k, v in value.items()}
         return {k: v for k, v in read.items() if v is not None}
@@ -684,6 +702,15 @@ def _read_value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         errors.append(f"{path}: must be a finite number, not {value}")
         return None
     return value
+
+
+def _is_json(value: Any) -> bool:
+    """Does JSON have it? TOML has dates too, which a chat template would not get as the text that they look like."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _plain(value: Any) -> Any:

@@ -64,12 +64,12 @@ def measure(
         [record["prompt"] for record in records],
         seed=stage_seed(seed, "effect"),
         sample_ids=[record["id"] for record in records],
-        generation_config=response_sampling(config, eos_token_ids),
+        generation_config=response_sampling(config, eos_token_ids, frame.end_string),
     )
     texts: dict[str, list[str]] = {
         side: [record[side][0]["content"] for record in records] for side in ("chosen", "rejected")
     }
-    texts["neutral"] = [completion.text or "" for completion in neutral]
+    texts["neutral"] = [frame.said(completion) for completion in neutral]
     shifts = _standardised(
         {side: _projections(rt, records, texts[side], directions) for side in SIDES},
         [record["criterion"] for record in records],

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icon2_rt.pipeline.config import InstructionsConfig
-from icon2_rt.pipeline.files import from_jsonl
+from icon2_rt.pipeline.instruction_files import read_records
 from icon2_rt.pipeline.sampling import neutral, stage_seed
-from icon2_rt.pipeline.templates import ChatFrame, chat_length
+from icon2_rt.pipeline.templates import ChatFrame
+from icon2_rt.prompts import check_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from icon2_rt import Completion, Runtime
 
-# Why a draw is dropped, in the order in which the rules are applied.
-REASONS = ("truncated", "empty", "special", "length", "too long", "duplicate")
+# Why a draw is dropped. "special": a special token or a mark of the chat template in it; "broken": half a character.
+REASONS = ("truncated", "empty", "special", "broken", "length", "too long", "duplicate")
+# Reasons that reports name only where they occur.
+RARE = ("broken",)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def synthesise(
     kept = []
     for i, completion in zip(ids, completions, strict=True):
         text, reason = clean(completion, frame, rt.tokenizer, config)
-        if reason is None and chat_length(rt.tokenizer, frame.messages(text)) > room:
+        if reason is None and frame.length(frame.messages(text)) > room:
             reason = "too long"
         if reason is None:
             kept.append(Instruction(i, text))
@@ -86,7 +89,7 @@ def clean(
     tokens = list(completion.token_ids)
     if completion.finish_reason == "eos":
         tokens.pop()
-    if {*tokens} & {*tokenizer.all_special_ids}:
+    if frame.special_ids.intersection(tokens):
         return "", "special"
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     if frame.stop_string is not None:
@@ -94,20 +97,31 @@ def clean(
     text = text.strip()
     if not text:
         return "", "empty"
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        return "", "broken"
+    # Marks that are spelled out of ordinary tokens become real ones when the text is encoded, or pass for real ones.
+    if any(mark in text for mark in frame.marks) or frame.special_ids.intersection(
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+    ):
+        return "", "special"
     if len(text) < config.min_chars or (config.max_chars is not None and len(text) > config.max_chars):
         return "", "length"
     return text, None
 
 
 def without_duplicates(
-    instructions: Iterable[Instruction], seen: Iterable[Instruction] = ()
+    instructions: Iterable[Instruction], seen: Iterable[Instruction] = (), criteria: Sequence[str | None] | None = None
 ) -> tuple[list[Instruction], int]:
-    """The first of each text (case, spacing and Unicode form aside) that is not in ``seen``; and how many went."""
-    known = {_normal(s.text) for s in seen}
+    """The first of each text (case, spacing and Unicode form aside) that is not in ``seen``; and how many went.
+
+    ``criteria``: what some came with, one for each instruction; a text under two criteria is two instructions.
+    """
+    known: set[tuple[str, str | None]] = {(_normal(s.text), None) for s in seen}
     kept = []
     dropped = 0
-    for instruction in instructions:
-        key = _normal(instruction.text)
+    listed = list(instructions)
+    for instruction, criterion in zip(listed, criteria or [None] * len(listed), strict=True):
+        key = (_normal(instruction.text), criterion)
         if key in known:
             dropped += 1
         else:
@@ -121,34 +135,34 @@ def _normal(text: str) -> str:
 
 
 def read_instructions(path: str | Path) -> list[tuple[Instruction, Mapping[str, Any]]]:
-    """Instructions from a file: plain text with one on each line, or ``.jsonl`` with a key ``instruction`` each.
+    """Instructions from a file (see :mod:`icon2_rt.pipeline.instruction_files`), with the record that each came in.
 
-    A JSON line may carry an ``id`` (a whole number, unique) and a ``criterion``; the rest of it is passed through.
+    A record has a key ``instruction`` and may have an ``id`` (a whole number, unique) and a ``criterion``; the rest of
+    it is passed through.
 
     Raises:
-        ValueError: nothing in it, or a line that is wrong, with its number.
+        ValueError: a kind of file that is not read, nothing in it, or a record that is wrong, with where it stands.
         OSError: it cannot be read.
     """
-    path = Path(path)
-    data = path.read_bytes()
     found: list[tuple[Instruction, Mapping[str, Any]]] = []
-    if path.suffix in (".jsonl", ".json"):
-        for record in from_jsonl(data, str(path)):
-            text, number = record.get("instruction"), record.get("id", len(found))
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f'{path}, record {len(found) + 1}: "instruction" must be a text, not {text!r:.60}')
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise ValueError(f'{path}, record {len(found) + 1}: "id" must be a whole number, not {number!r}')
-            found.append((Instruction(number, text.strip()), record))
-    else:
+    places: dict[int, str] = {}
+    for where, record in read_records(path):
+        text, number, criterion = record.get("instruction"), record.get("id"), record.get("criterion")
+        number = len(found) if number is None else number
         try:
-            lines = data.decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-        found = [(Instruction(i, line.strip()), {}) for i, line in enumerate(filter(str.strip, lines))]
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f'"instruction" must be a text, not {text!r:.60}')
+            check_text(text)
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
+                raise ValueError(f'"id" must be a whole number from 0 to 2⁶³ − 1, not {number!r:.60}')
+            if criterion is not None and not isinstance(criterion, str):
+                raise ValueError(f'"criterion" must be a text, not {criterion!r:.60}')
+            if number in places:
+                raise ValueError(f"the id {number} occurs more than once, first in {places[number]}")
+        except ValueError as error:
+            raise ValueError(f"{path}, {where}: {error}") from None
+        places[number] = where
+        found.append((Instruction(number, text.strip()), record))
     if not found:
         raise ValueError(f"{path} holds no instruction")
-    twice = [i for i, n in Counter(instruction.id for instruction, _ in found).items() if n > 1]
-    if twice:
-        raise ValueError(f"{path}: the id {twice[0]} occurs more than once")
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.criteria import Criterion
-from icon2_rt.pipeline.templates import ChatFrame, chat_frame, chat_length
+from icon2_rt.pipeline.templates import ChatFrame, chat_frame
 from icon2_rt.steering import DirectionSet
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def glance_frame(config: RunConfig) -> ChatFrame:
     Raises:
         ValueError: as :func:`glance`; no chat template, or one that cannot be used.
     """
-    return chat_frame(glance(config)[1])
+    return chat_frame(glance(config)[1], variables=config.template)
 
 
 def look(config: RunConfig) -> None:
@@ -67,14 +68,14 @@ def look(config: RunConfig) -> None:
         ValueError: as :func:`glance`; no chat template; blocks, directions or token limits that are not this model's.
     """
     checkpoint, tokenizer = glance(config)
-    frame = chat_frame(tokenizer)
+    frame = chat_frame(tokenizer, variables=config.template)
     if not all(hasattr(checkpoint, name) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings")):
         return  # no decoder that runs here; the runtime says which do
     bands = controlled_bands(config, checkpoint.num_hidden_layers)
     if config.directions.file is not None:
         made = DirectionSet.load(config.directions.file)
         check_directions(made, checkpoint.num_hidden_layers, checkpoint.hidden_size, bands)
-    shortest = chat_length(tokenizer, frame.messages("a"))
+    shortest = frame.length(frame.messages("a"))
     check_limits(config, checkpoint.max_position_embeddings, len(frame.pre_query), shortest)
 
 
@@ -122,14 +123,42 @@ def load_runtime(config: RunConfig, as_on: Mapping[str, Any] | None = None) -> R
     )
 
 
-def end_tokens(rt: Runtime) -> tuple[int, ...]:
-    """The tokens that end a response: the checkpoint's own, else the tokenizer's."""
+def find_frame(rt: Runtime, config: RunConfig, as_before: Mapping[str, Any] | None = None) -> ChatFrame:
+    """The chat frame of a loaded model, for one run.
+
+    ``as_before`` is the ``chat_template`` part of a manifest: what the template's clock gave then, it gives again.
+
+    Raises:
+        ValueError: as :func:`~icon2_rt.pipeline.templates.chat_frame`.
+    """
+    clock = (as_before or {}).get("clock")
+    return chat_frame(rt.tokenizer, own_end_tokens(rt), variables=config.template, clock=clock)
+
+
+@contextmanager
+def rendering(rt: Runtime, frame: ChatFrame) -> Iterator[None]:
+    """The runtime renders chats as the frame does: with the run's variables, and the time at which it began."""
+    before = rt.template
+    rt.template = frame.template
+    try:
+        yield
+    finally:
+        rt.template = before
+
+
+def own_end_tokens(rt: Runtime) -> tuple[int, ...]:
+    """The checkpoint's own end tokens, else the tokenizer's."""
     ids = rt.generation_config.eos_token_id
     if ids is None:
         ids = rt.tokenizer.eos_token_id if rt.tokenizer is not None else None
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def end_tokens(rt: Runtime) -> tuple[int, ...]:
+    """The tokens that end a response: the checkpoint's own, and the one that its chat template ends an answer with."""
+    return chat_frame(rt.tokenizer, own_end_tokens(rt), variables=rt.template.variables).end_token_ids
 
 
 def instruction_room(rt: Runtime, frame: ChatFrame, config: RunConfig) -> int:

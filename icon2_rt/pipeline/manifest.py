@@ -95,6 +95,17 @@ def compose(
         )
     if frame.system == "user":
         notes.append("the chat template has no system turn: the contrastive prompts stand in front of the user's text")
+    if frame.template.clock is not None:
+        gave = ", ".join(repr(text) for text in frame.template.clock.values())
+        notes.append(
+            f"the chat template prints the date; it is frozen at {gave} for this run and whatever continues it, and a "
+            f"trainer that renders the chats on another day prints another date"
+        )
+    if config.template:
+        notes.append(
+            f"the chat template's variables were set to {dict(config.template)}; a trainer must render the chats with "
+            f"the same (chat_template_kwargs)"
+        )
     criteria = config.resolved_criteria()
     return {
         "format": FORMAT,
@@ -107,7 +118,7 @@ def compose(
         },
         "sampling": {
             "instructions": instruction_sampling(config.instructions, frame).to_diff_dict(),
-            "pairs": response_sampling(config.pairs, eos).to_diff_dict(),
+            "pairs": response_sampling(config.pairs, eos, frame.end_string).to_diff_dict(),
         },
         "training": dict(PAPER_TRAINING),
         "notes": notes,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from icon2_rt.pipeline.config import PairsConfig
 from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.sampling import neutral, stage_seed
-from icon2_rt.pipeline.templates import ChatFrame
+from icon2_rt.pipeline.templates import Chat, ChatFrame
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -107,10 +107,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished branch, what the unsteered model makes of it, and what an outside judge does (None: nobody asked)."""
+    """A finished branch, what the unsteered model makes of it, its text as the assistant's message, and what an outside
+    judge gave it (None: nobody asked)."""
 
     completion: Completion
     scored: Scored
+    text: str
     reward: float | None = None
 
 
@@ -168,11 +170,11 @@ def decode(
     chats = [frame.messages(item.instruction.text) for item in kept]
     plans = [plan(item, directions, strengths, config) for item in kept]
     ids = [item.instruction.id for item in kept]
-    sampling = response_sampling(config, eos_token_ids)
+    sampling = response_sampling(config, eos_token_ids, frame.end_string)
     drafts: list[Draft | None] = [None] * len(kept)
     prompts: list[Any] = list(chats)
     if config.shared_tokens:
-        found = draft(rt, chats, ids, config, eos_token_ids, seed)
+        found = draft(rt, frame, chats, ids, config, eos_token_ids, seed)
         drafts = list(found)
         prompts = [[*rt.encode(chat), *d.tokens] for chat, d in zip(chats, found, strict=True)]
         sampling.max_new_tokens = config.max_new_tokens - config.shared_tokens
@@ -187,7 +189,7 @@ def decode(
         generation_config=sampling,
     )
     for n, output in enumerate(stream, start=1):
-        outputs[output.index] = [_behind(rt, drafts[output.index], c) for c in output.branches]
+        outputs[output.index] = [_behind(rt, chats[output.index], drafts[output.index], c) for c in output.branches]
         done(n)
     with rt.usage.during("figures"):
         scores = rt.score(
@@ -198,7 +200,7 @@ def decode(
     return [
         record(p, answers, draft, config)
         for several, completions, draft in zip(plans, outputs, drafts, strict=True)
-        for p, answers in _dealt(several, [Answer(completion, next(scored)) for completion in completions])
+        for p, answers in _dealt(several, [Answer(c, next(scored), frame.said(c)) for c in completions])
     ]
 
 
@@ -212,6 +214,7 @@ def _dealt(plans: Sequence[Plan], answers: Sequence[Answer]) -> Iterator[tuple[P
 
 def draft(
     rt: Runtime,
+    frame: ChatFrame,
     chats: Sequence[Any],
     ids: Sequence[int],
     config: PairsConfig,
@@ -222,7 +225,7 @@ def draft(
 
     A response that ends before that gives its first half: the branches must have something left to differ in.
     """
-    sampling = response_sampling(config, eos_token_ids)
+    sampling = response_sampling(config, eos_token_ids, frame.end_string)
     sampling.max_new_tokens = config.shared_tokens
     completions = rt.generate(chats, sample_ids=ids, seed=stage_seed(seed, "drafts"), generation_config=sampling)
     drafts = []
@@ -233,17 +236,23 @@ def draft(
     return drafts
 
 
-def _behind(rt: Runtime, draft: Draft | None, completion: Completion) -> Completion:
+def _behind(rt: Runtime, chat: Chat, draft: Draft | None, completion: Completion) -> Completion:
     """The whole response: what a branch wrote behind the shared beginning."""
     if draft is None:
         return completion
     tokens = [*draft.tokens, *completion.token_ids]
-    text = str(rt.tokenizer.decode(tokens, skip_special_tokens=True)) if rt.tokenizer is not None else None
-    logprobs = [*draft.logprobs, *completion.logprobs]
-    return dataclasses.replace(completion, text=text, token_ids=tokens, logprobs=logprobs)
+    return dataclasses.replace(
+        completion,
+        text=rt.decode(tokens, chat),
+        message=rt.message(chat, tokens),
+        token_ids=tokens,
+        logprobs=[*draft.logprobs, *completion.logprobs],
+    )
 
 
-def response_sampling(config: PairsConfig, eos_token_ids: Sequence[int]) -> GenerationConfig:
+def response_sampling(
+    config: PairsConfig, eos_token_ids: Sequence[int], stop_string: str | None = None
+) -> GenerationConfig:
     """How responses are drawn, in pairs and in the calibration of their strengths."""
     return neutral(
         temperature=config.temperature,
@@ -253,6 +262,7 @@ def response_sampling(config: PairsConfig, eos_token_ids: Sequence[int]) -> Gene
         repetition_penalty=config.repetition_penalty,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=eos_token_ids,
+        stop_string=stop_string,
     )
 
 
@@ -303,7 +313,7 @@ def preference(instruction: Instruction, chosen: Answer, rejected: Answer, per_t
 
 def reply(answer: Answer) -> list[dict[str, str]]:
     """A response as the chat message that answers the prompt."""
-    return [{"role": "assistant", "content": answer.completion.text or ""}]
+    return [{"role": "assistant", "content": answer.text}]
 
 
 def response_figures(side: str, answer: Answer, per_token: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,11 +20,11 @@ from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RunFolder
 from icon2_rt.pipeline.ladder_plot import ladder_svg
-from icon2_rt.pipeline.loading import end_tokens, instruction_room, load_runtime, look
+from icon2_rt.pipeline.loading import find_frame, instruction_room, load_runtime, look, rendering
 from icon2_rt.pipeline.preflight import preflight
 from icon2_rt.pipeline.report import card, compose
 from icon2_rt.pipeline.stages import Job, Watch, silent
-from icon2_rt.pipeline.templates import chat_frame
+from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
     from icon2_rt import Runtime
@@ -88,8 +89,7 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
             other settings, versions or on another machine: what differs is listed.
         OSError: the folder cannot be written. What was finished stays, and the same call continues.
     """
-    with RunFolder(out) as folder:
-        work = _Work(config, folder, watch, rt)
+    with RunFolder(out) as folder, _Work(config, folder, watch, rt) as work:
         job, timed = work.job, work.timed
         if job.config.baseline is not None:
             judge = timed("judge", lambda: comparison.load_judge(job))
@@ -122,8 +122,7 @@ def find_strengths(
     """
     if not config.calibrates:  # one that does is left as it is: `run` with it must find its own folder
         config = dataclasses.replace(config, calibrate=True)
-    with RunFolder(out) as folder:
-        work = _Work(config, folder, watch, rt)
+    with RunFolder(out) as folder, _Work(config, folder, watch, rt) as work:
         job, timed = work.job, work.timed
         features, feature_list = timed("feature instructions", lambda: stages.feature_instructions(job))
         directions, direction_set = timed("directions", lambda: stages.directions(job, features, feature_list))
@@ -155,15 +154,40 @@ class _Work:
             as_on = before["identity"].get("machine") if before else None
             rt = self.timed("model", lambda: load_runtime(config, as_on))
             watch("model", 1, 1)
-        eos = end_tokens(rt)
-        frame = chat_frame(rt.tokenizer, eos)
+        frame = find_frame(rt, config, before["identity"].get("chat_template") if before else None)
+        self._until_closed = ExitStack()
+        self._until_closed.enter_context(rendering(rt, frame))
         bands = controlled_bands(config, rt.spec.n_layers)
+        try:
+            self._begin(config, rt, frame, bands, before, identity, watch)
+        except BaseException:
+            self._until_closed.close()
+            raise
+
+    def _begin(
+        self,
+        config: RunConfig,
+        rt: Runtime,
+        frame: ChatFrame,
+        bands: Mapping[str, tuple[int, ...]],
+        before: Mapping[str, Any] | None,
+        identity: dict[str, Any],
+        watch: Watch,
+    ) -> None:
+        """Write the manifest of a run that begins, or find that this is the one that it continues."""
+        folder, eos = self._folder, frame.end_token_ids
         self.job = Job(config, folder, rt, frame, eos, bands, instruction_room(rt, frame, config), watch)
         identity |= manifest.found(rt, frame)
         manifest.refuse_another(before, identity, folder.path)
         self.about = before or manifest.compose(config, identity, frame, bands, eos)
         folder.write_manifest(self.about)
         rt.usage.take()  # whatever it was used for before
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._until_closed.close()
 
     def timed(self, step: str, work: Callable[[], T]) -> T:
         began = perf_counter()

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.instructions import read_instructions, synthesise, without_duplicates
-from icon2_rt.pipeline.loading import end_tokens, glance_frame, load_runtime, system_tokens
+from icon2_rt.pipeline.loading import find_frame, glance_frame, load_runtime, system_tokens
 from icon2_rt.pipeline.preflight import preflight
 from icon2_rt.pipeline.stages import Watch, silent, to_lines
-from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.steering import DirectionSet
 
 
@@ -23,7 +22,8 @@ def directions(config: RunConfig, watch: Watch = silent) -> DirectionSet:
     watch("model", 0, 1)
     rt = load_runtime(config)
     watch("model", 1, 1)
-    frame = chat_frame(rt.tokenizer, end_tokens(rt))
+    frame = find_frame(rt, config)
+    rt.template = frame.template
     if given is not None:
         features = [instruction for instruction, _ in given]
     else:
@@ -43,7 +43,8 @@ def instructions(config: RunConfig, watch: Watch = silent) -> tuple[bytes, Mappi
     watch("model", 0, 1)
     rt = load_runtime(config)
     watch("model", 1, 1)
-    frame = chat_frame(rt.tokenizer, end_tokens(rt))
+    frame = find_frame(rt, config)
+    rt.template = frame.template
     found, counts = [], None
     for start in range(0, section.draws, section.shard_size):
         watch("instructions", start, section.draws)

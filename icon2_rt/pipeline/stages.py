@@ -22,11 +22,11 @@ from icon2_rt.pipeline.effect import measure as measure_effect
 from icon2_rt.pipeline.files import from_jsonl, to_json, to_jsonl
 from icon2_rt.pipeline.folder import Artifact, RunFolder
 from icon2_rt.pipeline.functions import load_function
-from icon2_rt.pipeline.instructions import REASONS, Instruction, read_instructions, synthesise, without_duplicates
+from icon2_rt.pipeline.instructions import RARE, REASONS, Instruction, read_instructions, synthesise, without_duplicates
 from icon2_rt.pipeline.judges import Judge, load_judge
 from icon2_rt.pipeline.loading import check_directions, system_tokens
 from icon2_rt.pipeline.pairs import Kept, Strengths, decode, residual_profile
-from icon2_rt.pipeline.templates import ChatFrame, chat_length
+from icon2_rt.pipeline.templates import ChatFrame
 from icon2_rt.steering import DirectionSet
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _project(job: Job, instructions: Sequence[Instruction], direction_set: Direc
 
 def _those_that_fit(job: Job, given: Sequence[Instruction], room: int) -> tuple[list[Instruction], Counter[str]]:
     """Given instructions pass the one rule that the model itself sets."""
-    fitting = [item for item in given if chat_length(job.rt.tokenizer, job.frame.messages(item.text)) <= room]
+    fitting = [item for item in given if job.frame.length(job.frame.messages(item.text)) <= room]
     return fitting, Counter({"drawn": len(given), "too long": len(given) - len(fitting)})
 
 
@@ -214,7 +214,7 @@ def distinct(
     Raises:
         ValueError: none is left.
     """
-    unique, duplicates = without_duplicates(scored.instructions, seen)
+    unique, duplicates = without_duplicates(scored.instructions, seen, scored.given)
     counts = sum((Counter(a.facts["counts"]) for a in raw), Counter())
     counts["duplicate"] = duplicates
     if not unique:
@@ -468,7 +468,8 @@ def _from_lines(data: bytes, name: str) -> list[Instruction]:
 
 def _counts(counts: Mapping[str, int], clean: int) -> dict[str, int]:
     """drawn = clean + what each rule dropped."""
-    return {"drawn": counts["drawn"], **{reason: counts.get(reason, 0) for reason in REASONS}, "clean": clean}
+    reasons = [reason for reason in REASONS if counts.get(reason) or reason not in RARE]
+    return {"drawn": counts["drawn"], **{reason: counts.get(reason, 0) for reason in reasons}, "clean": clean}
 
 
 def _dropped(counts: Mapping[str, int]) -> str:
