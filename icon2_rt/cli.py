@@ -1,15 +1,23 @@
-"""The command line: thin commands over the pipeline's functions. Bad input ends with one paragraph and exit code 2."""
+"""The command line: thin commands over the pipeline's functions.
+
+Whatever ends a command and is no bug (bad input, a missing package, a full disk or device) gives one paragraph and exit
+code 2; a bug gives a traceback, where to report it, and exit code 1.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from icon2_rt import failures
 
 if TYPE_CHECKING:
     from icon2_rt.pipeline import RunResult
@@ -392,7 +400,8 @@ def _where(screen: Any, result: RunResult) -> None:
     screen.print(
         Text(
             f"  from datasets import load_dataset\n"
-            f'  pairs = load_dataset("{path}", split="train")  # prompt, chosen, rejected: TRL\'s DPOTrainer takes it'
+            f"  pairs = load_dataset({json.dumps(str(path), ensure_ascii=False)}, "
+            f'split="train")  # prompt, chosen, rejected: TRL\'s DPOTrainer takes it'
         ),
         soft_wrap=True,
     )
@@ -432,15 +441,12 @@ def main() -> None:
         if end.code == 130:  # typer's word for Ctrl-C
             print("\nstopped; the same command continues a run", file=sys.stderr)
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:
         if os.environ.get("ICON2_TRACEBACK"):
             raise
-        print(f"icon2: {_message(error)}", file=sys.stderr)
+        if failures.is_bug(error):
+            traceback.print_exception(error)
+            print(f"\nicon2: {failures.REPORT}", file=sys.stderr)
+            raise SystemExit(1) from None
+        print(f"icon2: {failures.paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        said = error.strerror
-        return said if str(error.filename) in said else f"{error.filename}: {said}"
-    return str(error)

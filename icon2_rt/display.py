@@ -26,9 +26,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 def console(stderr: bool = False) -> Console:
-    """As wide as the terminal, within reason; a fixed width and no colour codes where there is none."""
-    plain = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return Console(stderr=stderr, highlight=False, width=min(plain.width, 120) if plain.is_terminal else WIDTH)
+    """As wide as the terminal, within reason; a fixed width and no colour codes where there is none.
+
+    Text is shown as it is: paths, criteria and instructions may hold ``[brackets]`` and ``:colons:``.
+    """
+    plain = Console(stderr=stderr)
+    width = min(plain.width, 120) if plain.is_terminal else WIDTH
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 class Steps:

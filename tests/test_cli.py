@@ -264,3 +264,130 @@ def test_bench_needs_a_checkout(icon2: Icon2, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench/__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     assert icon2("bench", "--quick")[0] == 3
+
+
+# --- what ends a command ---------------------------------------------------------------------------------------------
+
+
+def _float_overflow() -> None:
+    raise FloatingPointError("prompts[3]: the logits of a row are not finite")
+
+
+def _missing_package() -> None:
+    import a_package_that_is_not_there  # noqa: F401  # type: ignore
+
+
+def _compiled_library() -> None:
+    import torch
+
+    torch.zeros(2) @ torch.zeros(3)
+
+
+def _template() -> None:
+    import jinja2
+
+    jinja2.Template("{{ a.b.c }}", undefined=jinja2.StrictUndefined).render()
+
+
+def _too_large() -> None:
+    (2**70).to_bytes(8, "little")
+
+
+def _damaged_weights() -> None:
+    from safetensors.torch import load
+
+    load(b"not weights")
+
+
+def _on_purpose() -> None:
+    raise TypeError("prompts is always a list")
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        (_float_overflow, ["prompts[3]", "not finite", "pairs.positive", "runtime.dtype"]),
+        (_missing_package, ["a_package_that_is_not_there"]),
+        (_compiled_library, ["RuntimeError", "ICON2_TRACEBACK"]),
+        (_template, ["UndefinedError", "a"]),
+        (_too_large, ["OverflowError"]),
+        (_damaged_weights, ["SafetensorError"]),
+        (_on_purpose, ["icon2: prompts is always a list"]),
+    ],
+)
+def test_what_is_no_bug_ends_with_a_paragraph_and_2(
+    icon2: Icon2, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None], words: list[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", fail)
+    result = icon2("doctor")
+    _refused(result, *words)
+    assert "\n\n" not in result[2].strip()
+
+
+def _attribute() -> None:
+    None.text  # type: ignore[attr-defined]  # noqa: B018
+
+
+def _key() -> None:
+    {}["strengths"]
+
+
+def _types() -> None:
+    len(3)  # type: ignore[arg-type]
+
+
+def _lengths() -> None:
+    list(zip([1], [1, 2], strict=True))
+
+
+def _unpacked() -> None:
+    [_one] = [1, 2]
+
+
+def _asserted() -> None:
+    assert not sys.argv
+
+
+def _impossible_state() -> None:
+    from icon2_rt.engine.rows import Request, Row
+    from icon2_rt.runtime import Runtime
+
+    Runtime._completion(None, Row(None, 0, [], [], 0, 0, 0), "", None)  # type: ignore[arg-type]
+    assert Request
+
+
+@pytest.mark.parametrize("fail", [_attribute, _key, _types, _lengths, _unpacked, _asserted, _impossible_state])
+def test_a_bug_ends_with_a_traceback_and_where_to_report_it(
+    icon2: Icon2, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", fail)
+    code, out, err = icon2("doctor")
+    assert (code, out) == (1, "")
+    assert err.startswith("Traceback") and fail.__name__ in err
+    assert "Please report it" in err and "icon2 doctor" in err
+
+
+def test_names_in_brackets_are_shown_as_they_are(icon2: Icon2, tmp_path: Path) -> None:
+    """Paths and criteria that look like the markup of the library that prints them."""
+    folder = tmp_path / "a [bold]b[/b] [/red] :smile:"
+    folder.mkdir(parents=True)
+    (folder / "i.txt").write_text("Why?\nHow?\nWhen? [/b]\n")
+    (folder / "c.toml").write_text(
+        'model = "tiny"\nruntime.threads = 1\ndirections.features_file = "i.txt"\nfilter.keep = 1.0\n'
+        'instructions.file = "i.txt"\npairs.max_new_tokens = 4\npairs.positive = 0.5\npairs.negative = -0.5\n'
+        '[criteria."kind [/b]"]\npositive = "Be kind."\nnegative = "Be cruel."\n'
+    )
+    code, text, err = icon2("run", folder / "c.toml", "--out", folder / "run")
+    assert code == 0, err
+    assert "kind [/b]" in text
+    assert f"load_dataset({json.dumps(str(folder / 'run'))}" in text
+    assert "".join(str(folder / "run").split()) in "".join(text.split())
+    out = folder / "o.jsonl"
+    code, text, err = icon2("export", folder / "run", "--out", out)
+    assert code == 0, err
+    assert "".join(str(out).split()) in "".join(text.split())
+    code, text, err = icon2("costs", folder / "run")
+    assert code == 0, err
+    code, text, err = icon2("instructions", "tiny", "-n", 4, "--out", folder / "n.jsonl")
+    assert code == 0, err
+    assert "[/red]" in text
