@@ -1,6 +1,6 @@
 """icon2_rt: steered decoding of several branches over one prompt KV, and Icon² on top of it."""
 
-from icon2_rt.outputs import BranchedOutput, Completion, PairedOutput, Scored
+from icon2_rt.outputs import BranchedOutput, Completion, Fired, LastRun, PairedOutput, Paths, Scored
 from icon2_rt.runtime import Prefix, Runtime
 from icon2_rt.steering import Direction, DirectionSet, Steering, Term
 
@@ -11,7 +11,10 @@ __all__ = [
     "Completion",
     "Direction",
     "DirectionSet",
+    "Fired",
+    "LastRun",
     "PairedOutput",
+    "Paths",
     "Prefix",
     "Runtime",
     "Scored",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Message = Mapping[str, str]
@@ -82,3 +82,155 @@ class Scored:
     token_ids: list[int]
     logprobs: list[float]
     entropies: list[float]
+
+
+@dataclass(frozen=True)
+class Fired:
+    """How much one term of a steering acted, over the rows of a call.
+
+    A term acts on a triple (row, block, position) if its α or β is nonzero at the block, the position is in the
+    steering's scope, and the state of that position after that block was computed. The counts follow these rules:
+
+    - A row's positions are those of its prompt and of its generated tokens except the last one, which is never fed.
+    - Positions that several rows share count once for each row: two branches that steer a common prompt alike count
+      twice, although the prompt was prefilled once.
+    - Prefill computes no state after the last block, because nothing reads it. So under scope "all" the prompt
+      positions before the last one do not count at the last block. ``Runtime.score`` computes it, and there they count.
+    - Steps that a device runs beyond a row's end do not count. A row that was running when its stream was closed counts
+      with the tokens that had come back.
+
+    Attributes:
+        branch: the argument that the steering came from: ``"steering"``, ``"positive"``, ``"branches[0]"`` …
+        direction: name of the term's direction. term: the term's place in its steering, from 0.
+        scope: of the steering.
+        rows: rows on which the term acted at least once. idle: rows on which it could have acted and did not: a row
+            with scope "generated" whose first token ended it.
+        layers: the blocks (0-based) after which it acted on some row.
+        tokens: steered positions, added up over the rows. total: triples (row, block, position) on which it acted.
+    """
+
+    branch: str
+    direction: str
+    term: int
+    scope: str
+    rows: int
+    idle: int
+    layers: tuple[int, ...]
+    tokens: int
+    total: int
+
+    @property
+    def blocks(self) -> int:
+        """After how many blocks the term acted."""
+        return len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fired:
+        return cls(**{**record, "layers": tuple(record["layers"])})
+
+    def __str__(self) -> str:
+        idle = f"; {_many(self.idle, 'row')} ended before it could act" if self.idle else ""
+        return (
+            f"{self.branch}: {self.direction} (term {self.term}, scope {self.scope!r}) acted on "
+            f"{_many(self.rows, 'row')} × {_many(self.blocks, 'block')} × {_many(self.tokens, 'token')}, "
+            f"{_many(self.total, 'time')} in all{idle}"
+        )
+
+
+def add_up(fired: Iterable[Fired]) -> tuple[Fired, ...]:
+    """The counts of several calls as those of one: entries of the same branch, direction, term and scope are added."""
+    by_key: dict[tuple[str, str, int, str], Fired] = {}
+    for one in fired:
+        key = (one.branch, one.direction, one.term, one.scope)
+        before = by_key.get(key)
+        if before is None:
+            by_key[key] = one
+            continue
+        by_key[key] = replace(
+            before,
+            rows=before.rows + one.rows,
+            idle=before.idle + one.idle,
+            layers=tuple(sorted({*before.layers, *one.layers})),
+            tokens=before.tokens + one.tokens,
+            total=before.total + one.total,
+        )
+    return tuple(by_key.values())
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which code a call ran through.
+
+    Attributes:
+        backend: of the runtime. prefill_attention, decode_attention: the implementations of attention; None where no
+            prefill pass, or no decode step, was run.
+        prefill_passes: forward passes of prefill.
+        graph_steps: decode steps that were replays of a CUDA graph, by the rows that the graph has.
+        captured_steps, repeated_steps: on a CPU, steps that the extension recorded, and steps that repeated a record.
+        plain_steps: steps that were run one operation after another, by the reason why.
+        shared_items: attention items that were read for more than one row at once, the most at one time.
+            sharing_rows: the rows that they were read for then.
+        fallbacks: warnings of this call: smaller prefill passes, graphs that were given up.
+    """
+
+    backend: str
+    prefill_attention: str | None = None
+    decode_attention: str | None = None
+    prefill_passes: int = 0
+    graph_steps: Mapping[int, int] = field(default_factory=dict)
+    captured_steps: int = 0
+    repeated_steps: int = 0
+    plain_steps: Mapping[str, int] = field(default_factory=dict)
+    shared_items: int = 0
+    sharing_rows: int = 0
+    fallbacks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}"]
+        if self.prefill_attention:
+            lines.append(f"prefill: {_many(self.prefill_passes, 'pass')}, attention {self.prefill_attention}")
+        if self.decode_attention:
+            steps = [f"{n} by the graph of {_many(rows, 'row')}" for rows, n in self.graph_steps.items()]
+            if self.captured_steps:
+                steps.append(f"{self.repeated_steps} repeated of {self.captured_steps} recorded")
+            steps += [f"{n} op by op ({why})" for why, n in self.plain_steps.items()]
+            lines.append(f"steps: {', '.join(steps)}; attention {self.decode_attention}")
+        if self.shared_items:
+            items = _many(self.shared_items, "attention item")
+            lines.append(f"sharing: up to {items}, read for {_many(self.sharing_rows, 'row')}")
+        return "\n".join([*lines, *(f"fallback: {text}" for text in self.fallbacks)])
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """What the latest call of a runtime did: see ``Runtime.last_run``.
+
+    Attributes:
+        call: "generate" (every ``generate*`` and ``stream*``), "score", "hidden_states", "project" or
+            "extract_direction".
+        complete: whether all of it was done; False for a stream that was closed early and for a call that raised.
+        rows: rows that were decoded, or sequences that were read. tokens: tokens that they generated, or that were
+            scored.
+        steering: how much each term acted. Terms without strength are not listed.
+        paths: which code ran.
+    """
+
+    call: str
+    complete: bool
+    rows: int
+    tokens: int
+    steering: tuple[Fired, ...]
+    paths: Paths
+
+    def __str__(self) -> str:
+        ending = "" if self.complete else ", not complete"
+        head = f"{self.call}: {_many(self.rows, 'row')}, {_many(self.tokens, 'token')}{ending}"
+        return "\n".join([head, *map(str, self.steering), str(self.paths)])
+
+
+def _many(n: int, what: str) -> str:
+    """For example "1 row" or "1,234 rows"."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what.endswith('s') else 's'}"

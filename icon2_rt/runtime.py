@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,12 +25,23 @@ from transformers import (
 
 from icon2_rt import models
 from icon2_rt.chat_template import ChatTemplate
-from icon2_rt.engine import Branch, Engine, EngineOptions, Model, PinnedPrefix, Request, Row, Sampling, resolve_sampling
+from icon2_rt.engine import (
+    Branch,
+    Engine,
+    EngineOptions,
+    Model,
+    PinnedPrefix,
+    Record,
+    Request,
+    Row,
+    Sampling,
+    resolve_sampling,
+)
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
 from icon2_rt.engine.turns import Stream
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
-from icon2_rt.outputs import BranchedOutput, Completion, Message, PairedOutput, Prompt, Scored
+from icon2_rt.outputs import BranchedOutput, Completion, LastRun, Message, PairedOutput, Prompt, Scored
 from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
 from icon2_rt.usage import Usage
@@ -110,6 +122,7 @@ class Runtime:
         self._encoder = Encoder(tokenizer, self.spec.vocab_size, self.spec.max_length)
         self._warned: set[str] = set()
         self.usage = Usage()
+        self._last_run: LastRun | None = None
 
     @classmethod
     def from_pretrained(
@@ -182,6 +195,17 @@ class Runtime:
     @property
     def page_size(self) -> int:
         return self._engine.kv.page_size
+
+    @property
+    def last_run(self) -> LastRun | None:
+        """What the latest call did: how much each term of its steerings acted, and which code ran. None before any.
+
+        A call is recorded at its end: when it returns or raises after work began, or when its stream is exhausted or
+        closed. Of calls that nest (one is made while a stream is open) the latest is the one that ended last. A stream
+        that nothing was taken from, a call that was refused, and ``prefix`` leave no record. Where several threads use
+        a runtime, the latest call may be another thread's.
+        """
+        return self._last_run
 
     @property
     def template(self) -> ChatTemplate:
@@ -346,10 +370,12 @@ class Runtime:
             )
             for n, ids in enumerate(tokens)
         ]
+        names = list(branches)
+        _check_scopes(requests, names)
         with self._turns:
             self._engine.check(requests)
         # A copy: the caller may change the list meanwhile.
-        return Stream(self._turns, self._run(list(prompts), requests, template, progress))
+        return Stream(self._turns, self._run(list(prompts), requests, names, template, progress))
 
     def _tokens(
         self, prompts: Sequence[Prompt], prefix: Prefix | None, variables: TemplateVariables
@@ -367,12 +393,30 @@ class Runtime:
             raise ValueError("this prefix was made by another runtime: its KV belongs to that model's memory")
         return prefix.pinned
 
+    @contextmanager
+    def _recording(self, call: str, asked: int, branches: Sequence[str] = ()) -> Iterator[Record]:
+        """Keep the record of what is done inside as :attr:`last_run`; arguments: see :class:`Record`."""
+        record = Record(branches, asked)
+        try:
+            yield record
+        finally:
+            self._last_run = record.close(call, self._engine.model)
+
     def _run(
-        self, prompts: Sequence[Prompt], requests: list[Request], template: ChatTemplate, progress: bool
+        self,
+        prompts: Sequence[Prompt],
+        requests: list[Request],
+        branches: Sequence[str],
+        template: ChatTemplate,
+        progress: bool,
     ) -> Generator[BranchedOutput]:
         decode = self._encoder.decode_behind if self.tokenizer is not None else None
-        with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
-            for request, rows in self._engine.decode(requests, decode):
+        with (
+            self._recording("generate", len(requests) * len(branches), branches) as record,
+            closing(self._engine.decode(requests, decode, record)) as decoded,  # what was running is counted
+            tqdm(total=len(requests), unit="prompt", disable=not progress) as bar,
+        ):
+            for request, rows in decoded:
                 bar.update()
                 pinned = len(request.prefix.tokens) if request.prefix is not None else 0
                 self.usage.generated(len(request.tokens), pinned, [len(row.tokens) for row in rows])
@@ -529,9 +573,14 @@ class Runtime:
                 sequences.append((whole, len(ids), compiled))
             except (TypeError, ValueError) as error:
                 raise named(error, f"completions[{n}]") from None
+        _check_scored_scopes(sequences)
         scored: list[Scored | None] = [None] * len(sequences)
-        with self._turns, tqdm(total=len(sequences), unit="completion", disable=not progress) as bar:
-            for n, logprobs, entropies in self._engine.score(sequences):
+        with (
+            self._turns,
+            self._recording("score", len(sequences), ["steering"]) as record,
+            tqdm(total=len(sequences), unit="completion", disable=not progress) as bar,
+        ):
+            for n, logprobs, entropies in self._engine.score(sequences, record):
                 tokens, n_prompt, _ = sequences[n]
                 scored[n] = Scored(tokens[n_prompt:], logprobs, entropies)
                 self.usage.scored(n_prompt, len(tokens) - n_prompt)
@@ -558,20 +607,24 @@ class Runtime:
             out[rows, layer] = h.float().cpu()
 
         with self._turns:
-            for _ in self._read(tokens, keep, pinned, progress):
+            for _ in self._read("hidden_states", tokens, keep, pinned, progress):
                 pass
         return out
 
     def _read(
         self,
+        call: str,
         tokens: list[list[int]],
         visit: Callable[[list[int], int, Tensor], None],
         pinned: PinnedPrefix | None,
         progress: bool,
     ) -> Iterator[list[int]]:
         """Run prompts in batches; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
-        with tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
-            for batch in self._engine.read(tokens, visit, pinned):
+        with (
+            self._recording(call, len(tokens)) as record,
+            tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar,
+        ):
+            for batch in self._engine.read(tokens, visit, record, pinned):
                 for n in batch:
                     self.usage.read(len(tokens[n]), len(pinned.tokens) if pinned is not None else 0)
                 yield batch
@@ -612,7 +665,7 @@ class Runtime:
             out[rows, :, layer] = (h.float() @ bank[layer].T).cpu()
 
         with self._turns:
-            for _ in self._read(tokens, dot, pinned, progress):
+            for _ in self._read("project", tokens, dot, pinned, progress):
                 pass
         return out
 
@@ -659,7 +712,7 @@ class Runtime:
                 states.setdefault(row, torch.empty(shape, dtype=torch.float32, device="cpu"))[layer] = state
 
         with self._turns:
-            for _ in self._read(interleaved, keep, None, progress):
+            for _ in self._read("extract_direction", interleaved, keep, None, progress):
                 pairs = [n for n in sorted(states) if n % 2 == 0 and n + 1 in states]
                 if pairs:
                     statistics.add(
@@ -754,6 +807,40 @@ _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
     "cuda_graphs",
 )  # fmt: skip
+
+
+def _check_scopes(requests: Sequence[Request], branches: Sequence[str]) -> None:
+    """Refuse a steering of generated tokens where a request feeds none: a token is fed only if another follows it.
+
+    Raises:
+        ValueError: the message names the first such prompt, or says that it holds for all of them.
+    """
+    for k, name in enumerate(branches):
+        scopes = [s.scope if (s := r.branches[k].steering) is not None else None for r in requests]
+        short = [r for r, scope in zip(requests, scopes, strict=True) if scope == "generated" and r.budget == 1]
+        if short:
+            where = "" if len(short) == len(requests) else f"prompts[{short[0].index}]: "
+            raise ValueError(
+                f"{where}{name} has scope 'generated' and would steer nothing: with room for 1 new token, that token "
+                f"is drawn at the last prompt token, which this scope leaves alone, and is never fed. Allow at least 2 "
+                f"new tokens (max_new_tokens=2), or use .with_scope('response')"
+            )
+
+
+def _check_scored_scopes(sequences: Sequence[tuple[Sequence[int], int, CompiledSteering | None]]) -> None:
+    """Refuse to score under steerings of generated tokens of which none has a position. One that has none in its own
+    completion, beside others that do, is like a row that ended at once: the record says so.
+
+    Raises:
+        ValueError: nothing else is steered, and no completion has a second token.
+    """
+    steered = [(s.scope, len(tokens) - n) for tokens, n, s in sequences if s is not None]
+    if steered and all(scope == "generated" and n_tokens < 2 for scope, n_tokens in steered):
+        raise ValueError(
+            "steering has scope 'generated' and would steer nothing: no completion has a second token, and the first "
+            "is scored at the last prompt token, which this scope leaves alone. Score longer completions, or use "
+            ".with_scope('response')"
+        )
 
 
 def _in_order(outputs: Iterable[BranchedOutput]) -> list[BranchedOutput]:

@@ -138,10 +138,12 @@ class Direction:
 
     def __mul__(self, strength: float | Sequence[float] | Tensor) -> Steering:
         each = _strength(strength, self)
+        self._check_behind("strength", strength, each)
         alpha = each * self.scale
         if bool(each.any()) and not bool(alpha.any()):
             raise ValueError(
-                f"strength {strength!r} on direction {self.name!r}, which has no vector on the chosen blocks"
+                f"strength {strength!r} times the scale of direction {self.name!r} is too small for fp32: nothing "
+                f"would be added"
             )
         return self._steer(alpha, torch.zeros_like(alpha))
 
@@ -168,19 +170,29 @@ class Direction:
 
     def clamped(self, target: float | Sequence[float] | Tensor) -> Steering:
         """Set ⟨h, u⟩ to ``target`` (residual units, u the unit vector) on this direction's blocks."""
-        present = self._present("clamped")
-        return self._steer(_strength(target, self) * present, -present)
+        present, each = self._present("clamped"), _strength(target, self)
+        self._check_behind("target", target, each)
+        return self._steer(each * present, -present)
 
     def amplified(self, factor: float | Sequence[float] | Tensor) -> Steering:
         """Add ``factor · ⟨h, u⟩ · u``: 0.5 makes the component half as large again, -1 is :meth:`ablated`."""
-        present = self._present("amplified")
-        return self._steer(torch.zeros_like(present), _strength(factor, self) * present)
+        present, each = self._present("amplified"), _strength(factor, self)
+        self._check_behind("factor", factor, each)
+        return self._steer(torch.zeros_like(present), each * present)
 
     def _present(self, verb: str) -> Tensor:
         present = (self.scale != 0).float()
         if not bool(present.any()):
             raise ValueError(f"direction {self.name!r} has no vector on the chosen blocks and cannot be {verb}")
         return present
+
+    def _check_behind(self, what: str, given: object, each: Tensor) -> None:
+        """Refuse numbers of which every one that is not 0 lies at a block where this direction has no vector."""
+        if bool(each.any()) and not bool((each * (self.scale != 0)).any()):
+            raise ValueError(
+                f"{what} {given!r} on direction {self.name!r}, which has no vector on the chosen blocks: it has some "
+                f"on {_runs(self.layers)}"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write to ``.safetensors`` or ``.gguf`` (see :mod:`icon2_rt.formats`)."""
@@ -343,7 +355,14 @@ class Steering:
         if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
             raise TypeError(f"a steering is scaled by one finite number, not {factor!r}")
         factor = float(factor)
-        return replace(self, terms=tuple(Term(t.direction, factor * t.alpha, factor * t.beta) for t in self.terms))
+        terms = tuple(Term(t.direction, factor * t.alpha, factor * t.beta) for t in self.terms)
+        for before, after in zip(self.terms, terms, strict=True):
+            if factor and bool(_active(before).any()) and not bool(_active(after).any()):
+                raise ValueError(
+                    f"{factor!r} times the strengths of direction {before.direction.name!r} is too small for fp32: "
+                    f"nothing would be done"
+                )
+        return replace(self, terms=terms)
 
     __rmul__ = __mul__
 
@@ -372,12 +391,15 @@ class CompiledSteering:
     """A steering as the engine runs it: K unit vectors per block and their coefficients, overlaps resolved.
 
     ``vectors`` holds K fp32 tensors ``[n_layers, hidden]`` with ``keys[k]`` naming the content of each (equal key =
-    equal bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. A steering that does nothing
-    anywhere compiles to None, so that "no steering" has one form.
+    equal bytes = one slot of the bank); ``alpha``, ``beta`` are fp32 ``[K, n_layers]``. ``names`` and ``places`` say
+    which direction each of the K came from, and which term of the steering. A steering that does nothing anywhere
+    compiles to None, so that "no steering" has one form.
     """
 
     vectors: tuple[Tensor, ...]
     keys: tuple[str, ...]
+    names: tuple[str, ...]
+    places: tuple[int, ...]
     alpha: Tensor
     beta: Tensor
     scope: Scope
@@ -386,6 +408,16 @@ class CompiledSteering:
     @property
     def n_terms(self) -> int:
         return len(self.vectors)
+
+    @property
+    def n_layers(self) -> int:
+        return self.alpha.shape[1]
+
+    @cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks where each of the K acts: at least one each."""
+        acts = (self.alpha != 0) | (self.beta != 0)
+        return tuple(tuple(row.nonzero().flatten().tolist()) for row in acts)
 
     @cached_property
     def terms(self) -> ActiveTerms:
@@ -425,12 +457,14 @@ def compile_steering(steering: Steering | None, n_layers: int, hidden_size: int)
     """Check a steering against a model's size and bring it to the form the engine runs.
 
     Terms with beta = -1 that overlap on a block are orthonormalised there (clamp targets transformed with them), so
-    that ablating two directions of cosine 0.9 leaves both projections at zero.
+    that ablating two directions of cosine 0.9 leaves both projections at zero. A term does not act at a block where its
+    vector is zero.
 
-    Returns None when nothing would happen at any block.
+    Returns None when no term has a strength.
 
     Raises:
-        ValueError: another number of blocks or hidden size; two clamps of one direction to different targets.
+        ValueError: another number of blocks or hidden size; two clamps of one direction to different targets; a term
+            whose strengths all lie at blocks where its vector is zero.
     """
     if steering is None:
         return None
@@ -444,12 +478,21 @@ def compile_steering(steering: Steering | None, n_layers: int, hidden_size: int)
                 f"direction {d.name!r} has {d.n_layers} blocks of size {d.hidden_size}, "
                 f"the model has {n_layers} of size {hidden_size}: it was made on another model"
             )
-    terms = [t for t in steering.terms if bool(_active(t).any())]
-    if not terms:
+    places = [k for k, t in enumerate(steering.terms) if bool(_active(t).any())]
+    if not places:
         return None
+    terms = [steering.terms[k] for k in places]
     vectors = [t.direction.vectors for t in terms]
     alpha = torch.stack([t.alpha for t in terms]).float()
     beta = torch.stack([t.beta for t in terms]).float()
+    for k, term in enumerate(terms):
+        hollow = _active(term) & ~vectors[k].any(dim=1)
+        if torch.equal(hollow, _active(term)):
+            raise ValueError(
+                f"direction {term.direction.name!r} has a zero vector at every block where its term has a strength "
+                f"({_runs(hollow.nonzero().flatten().tolist())}): nothing would be done"
+            )
+        alpha[k, hollow] = beta[k, hollow] = 0
     pinned = beta == -1
     for layer in (pinned.sum(dim=0) > 1).nonzero().flatten().tolist():
         overlapping = pinned[:, layer].nonzero().flatten().tolist()
@@ -468,6 +511,8 @@ def compile_steering(steering: Steering | None, n_layers: int, hidden_size: int)
     return CompiledSteering(
         vectors=tuple(vectors),
         keys=tuple(_content_key(v) for v in vectors),
+        names=tuple(terms[k].direction.name for k in kept),
+        places=tuple(places[k] for k in kept),
         alpha=alpha[kept],
         beta=beta[kept],
         scope=steering.scope,
@@ -552,6 +597,8 @@ def _strength(value: float | Sequence[float] | Tensor, direction: Direction) -> 
         )
     if not torch.isfinite(strength).all():
         raise ValueError(f"direction {direction.name!r}: strength is NaN or infinite: {value!r}")
+    if not bool(strength.any()) and bool(torch.as_tensor(value, dtype=torch.float64, device="cpu").any()):
+        raise ValueError(f"direction {direction.name!r}: strength {value!r} is too small for fp32: it would be 0")
     return strength
 
 

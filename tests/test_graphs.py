@@ -35,8 +35,9 @@ def test_the_largest_is_captured_at_once_and_the_others_when_they_are_needed(cud
     assert cuda.log == ["clear workspaces", "run 24", "captured 24"]
     assert graphs.largest == 24
     cuda.log.clear()
-    for rows in (24, 8, 8, 8, 24):
-        graphs.run(rows, step)
+    assert not graphs.has(8)
+    assert [graphs.run(rows, step) for rows in (24, 8, 8, 8, 24)] == [24, 0, 8, 8, 24]
+    assert graphs.has(8)
     # The first step of a size is the step itself; a capture runs nothing, and the caches stay as they are.
     assert cuda.log == ["replay", "run 8", "captured 8", "replay", "replay", "replay"]
     assert cuda.graphs[1].replays == 2
@@ -120,8 +121,10 @@ def test_rows_whose_graph_does_not_fit_run_in_the_next_larger_one(cuda, when):
         graphs.run(2, step)
     # A step that ran out of memory half way has advanced nothing, and is run in the larger graph; one that ran is not.
     assert cuda.log.count("replay") == (when == "run")
+    assert len(graphs.given_up) == 1
+    assert "of 2 rows: they run in a larger one" in graphs.given_up[0]
     for _ in range(3):
-        graphs.run(2, step)
+        assert graphs.run(2, step) == 4
     assert cuda.log.count("run 2") == 1
     assert [g.replays for g in cuda.graphs if g.ended][:2] == [0, 3 + (when == "run")]
 

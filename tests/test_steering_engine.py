@@ -80,7 +80,8 @@ def test_a_term_is_skipped_at_blocks_where_it_is_zero(rt, a):
 
 def first_token_logprobs(rt: Runtime, prompt: list[int], steering: Steering | None) -> torch.Tensor:
     n = rt.spec.vocab_size
-    return torch.tensor([s.logprobs[0] for s in rt.score([prompt] * n, [[t] for t in range(n)], steering)])
+    # A second token, since a scope of generated tokens holds nothing of a completion of one.
+    return torch.tensor([s.logprobs[0] for s in rt.score([prompt] * n, [[t, 0] for t in range(n)], steering)])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda p: f"{len(p)}-tokens")

@@ -22,6 +22,7 @@ from icon2_rt.engine.forward import Model
 from icon2_rt.engine.graphs import StepGraphs, buckets
 from icon2_rt.engine.items import ItemTable, item_rows, partials_of, plan_items
 from icon2_rt.engine.kv import KVPages
+from icon2_rt.engine.record import Record
 from icon2_rt.engine.rows import Request, Row
 from icon2_rt.engine.step import StepInputs, decode_step
 from icon2_rt.ops import AttentionItems, RowSampling, RowState, RowSteering
@@ -74,6 +75,7 @@ class Batch:
         self.fixed, self.behind = manner.fixed, manner.behind
         self.rows: list[Row | None] = []
         self.under_way: deque[_UnderWay] = deque()
+        self.record = Record()  # of the call that this batch runs for
         with torch.inference_mode(False):  # tensors made inside it could not be written to outside
             self.buffers = _allocate(model, kv, bank, sizes)
         self._inputs: StepInputs | None = None
@@ -83,6 +85,7 @@ class Batch:
         self._unsteered: list[Row] = []  # whose steering begins with the next step
         self._buckets = buckets(sizes.seats)
         self._graphs = None
+        self._why_plain = _why_plain(model, manner)
         if manner.graphs:
             self._graphs = StepGraphs(self._run, self._buckets, model.device)
 
@@ -99,6 +102,11 @@ class Batch:
     def capacity(self) -> int:
         """Seats that can be run at once without leaving the graphs."""
         return self._graphs.largest if self._graphs is not None and self._graphs.largest else self.sizes.seats
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What was given up when graphs were captured."""
+        return self._graphs.given_up if self._graphs is not None else []
 
     # ---------------------------------------------------------------- who sits where
 
@@ -194,8 +202,11 @@ class Batch:
         width = len(self._inputs.state.tokens)
         if self._graphs is None:
             self.step(self._inputs)
+        elif replayed := self._graphs.run(width, self._run):
+            self.record.graph_steps[replayed] += 1
         else:
-            self._graphs.run(width, self._run)
+            why = "first step of its size, captured afterwards" if self._graphs.has(width) else "no graph"
+            self.record.plain_steps[why] += 1
         state, n = self._inputs.state, len(self.rows)
         if self.model.device.type == "cuda":
             tokens, logprobs = (x[:n].to("cpu", non_blocking=True) for x in (state.tokens, state.logprobs))
@@ -218,12 +229,17 @@ class Batch:
         """One step without a graph: the first of a layout is captured where the ops can do that, the others repeat."""
         if self._repeat is not None:
             self._repeat()
+            self.record.repeated_steps += 1
             return
         step, capture = partial(decode_step, self.model, self.kv, inputs), self.model.ops.capture
         if capture is not None:
             self._repeat = capture(step)
         else:
             step()
+        if self._repeat is not None:
+            self.record.captured_steps += 1
+        else:
+            self.record.plain_steps[self._why_plain] += 1
 
     def results(self) -> list[tuple[Row, int, float]]:
         """What the oldest step under way sampled, for the rows that were still going on then."""
@@ -246,6 +262,7 @@ class Batch:
             self._valid = min(EXACT_HORIZON, *left, *(split - row.next_position % split for _, row in running))
             ahead = [self._valid] * len(running)
         table = plan_items(running, ahead, self.kv.page_size, self.sizes.split_pages, self.model.spec)
+        self.record.shared(table.rows)
         _put_items(self.buffers.items, table)
         steerings = [row.steering if row is not None else None for row in self.rows]
         if self.fixed:
@@ -314,6 +331,15 @@ class Batch:
             steering=self.bank.row_steering(steerings),
             sampling=replace(inputs.sampling, **unused),
         )
+
+
+def _why_plain(model: Model, manner: Manner) -> str:
+    """Why a step of a batch without graphs is run one operation after another, where it is."""
+    if manner.fixed:
+        return "cuda_graphs=False" if model.device.type == "cuda" else "no CUDA device"
+    if model.ops.capture is None:
+        return f"backend {model.ops.backend}"
+    return "a step that the extension could not record"
 
 
 def sampling_of(rows: Sequence[Row], vocab: int, n_eos: int) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from icon2_rt.engine.forward import Model, logits
 from icon2_rt.engine.items import ITEM_QUERIES, partials_of
 from icon2_rt.engine.kv import LEAST_PARTIALS, PARTIALS_SHARE, SCORED_ROWS, KVPages, Reserve, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
+from icon2_rt.engine.record import Record
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
 from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
 from icon2_rt.engine.turns import turns_on
@@ -123,17 +124,20 @@ class Engine:
             )
 
     @steps_in_stream
-    def decode(self, requests: Sequence[Request], decode: Decode | None = None) -> Iterator[tuple[Request, list[Row]]]:
+    def decode(
+        self, requests: Sequence[Request], decode: Decode | None = None, record: Record | None = None
+    ) -> Iterator[tuple[Request, list[Row]]]:
         """Run ``requests``; yields each with its finished rows when the last of them is done.
 
         Rows run together, at most ``max_rows`` at once (a larger group runs by itself). The schedule follows from the
-        requests and the options alone. Closing the iterator gives all pages back.
+        requests and the options alone. Closing the iterator gives all pages back; ``record`` is whole then.
 
         Raises:
             RuntimeError: a prefix was let go before the first step, or others hold the pages that a group needs.
             FloatingPointError: a row's logits are not finite.
         """
         self.check(requests)
+        record = record if record is not None else Record()
         prefixes = {r.prefix for r in requests if r.prefix is not None}
         if not prefixes <= self._prefixes:
             raise RuntimeError("the prefix was let go before this stream began: take its first pair inside the `with`")
@@ -146,6 +150,7 @@ class Engine:
         batch = None
         try:
             batch = self._take_batch(requests)
+            batch.record = record
             while waiting or running:
                 if batch.sparse and not batch.under_way:
                     batch.close_ranks()
@@ -182,6 +187,7 @@ class Engine:
                     running = [row for row in running if row.finish is None]
                     for row in done:
                         self.kv.release(row.pages)
+                        record.decoded(row)
                     for key in dict.fromkeys(id(row.request) for row in done):
                         if all(row.finish is not None for row in groups[key]):
                             rows = groups.pop(key)
@@ -189,10 +195,12 @@ class Engine:
         finally:
             for row in running:  # what is finished has left this list
                 self.kv.release(row.pages)
+                record.decoded(row)
             for prefix in prefixes:
                 self.kv.release(prefix.pages)
             self.bank.unpin(pinned)
             if batch is not None:
+                record.fallbacks += batch.fallbacks
                 batch.clear()
                 self._batches.append(batch)
 
@@ -256,7 +264,7 @@ class Engine:
                 waiting.popleft()
                 jobs.append(job)
                 copies += partly_filled
-            run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk)
+            run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk, batch.record)
             for source, target, blocks in copies:
                 self.kv.copy(source, target, blocks)
         except BaseException:
@@ -320,7 +328,7 @@ class Engine:
         pages = self.kv.allocate(n)
         try:
             job = Prefill(tokens, 0, len(tokens), [Copy(None, pages)])
-            run_prefill(self.model, self.kv, self.bank, [job], self.options.prefill_chunk)
+            run_prefill(self.model, self.kv, self.bank, [job], self.options.prefill_chunk, Record())
         except BaseException:
             self.kv.release(pages)
             raise
@@ -340,6 +348,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         visit: Callable[[list[int], int, Tensor], None],
+        record: Record,
         prefix: PinnedPrefix | None = None,
     ) -> Iterator[list[int]]:
         """Show the residual stream of every prompt's last token: ``visit(prompt indices [n], layer, h [n, hidden])``
@@ -364,12 +373,13 @@ class Engine:
                     self.kv.copy(prefix.pages[:count], pages[:count])
                 work.append(Prefill(prompts[n], starts[n], len(prompts[n]), [Copy(None, pages)]))
             watch = partial(observe, jobs)
-            run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, observe=watch)
+            run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, record, observe=watch)
+            record.read(len(jobs))
             yield jobs
 
     @steps_in_stream
     def score(
-        self, sequences: Sequence[tuple[Sequence[int], int, CompiledSteering | None]]
+        self, sequences: Sequence[tuple[Sequence[int], int, CompiledSteering | None]], record: Record
     ) -> Iterator[tuple[int, list[float], list[float]]]:
         """Teacher-forced figures of sequences (tokens, number of prompt tokens, steering): yields (index,
         log-probability of each completion token, entropy in nats of the distribution that it came from)."""
@@ -379,8 +389,7 @@ class Engine:
                 work = []
                 for n, pages in zip(jobs, tables, strict=True):
                     tokens, n_prompt, steering = sequences[n]
-                    scope = steering.scope if steering is not None else "all"
-                    begin = {"all": 0, "response": n_prompt - 1, "generated": n_prompt}[scope]
+                    begin = 0 if steering is None else first_steered(steering, n_prompt)
                     work.append(Prefill(tokens, 0, len(tokens) - 1, [Copy(steering, pages, begin)]))
                 figures: dict[int, tuple[list[float], list[float]]] = {n: ([], []) for n in jobs}
 
@@ -398,8 +407,10 @@ class Engine:
                             figures[jobs[n]][1].extend(entropies)
                         begin += end - start
 
-                run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, outputs=collect)
-                for n in jobs:
+                run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, record, outputs=collect)
+                for n, job in zip(jobs, work, strict=True):
+                    [copy] = job.copies
+                    record.scored(copy.steering, max(0, job.end - copy.steer_from), len(figures[n][0]))
                     yield n, *figures[n]
         finally:
             self.bank.unpin(pinned)
@@ -472,6 +483,11 @@ class Engine:
                 f"{pages} KV pages are needed and {self.kv.free_pages} of {self.kv.n_pages} are free: the others are "
                 f"held by an open stream or by rt.prefix(...). Finish or close it first, or use a larger kv_memory."
             )
+
+
+def first_steered(steering: CompiledSteering, n_prompt: int) -> int:
+    """The first position of a sequence that a steering's scope holds, behind a prompt of ``n_prompt`` tokens."""
+    return {"all": 0, "response": n_prompt - 1, "generated": n_prompt}[steering.scope]
 
 
 def _finish_reason(row: Row, decode: Decode | None) -> FinishReason | None:

@@ -52,6 +52,7 @@ class StepGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._spoilt: list[torch.cuda.CUDAGraph] = []  # captured in part: useless, but graphs die together
         self._without: set[int] = set()  # sizes that were given up
+        self.given_up: list[str] = []  # what the warnings said
         with torch.cuda.device(device):
             # A stream of our own: the one that torch would take is of the device that captured first in this process.
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -77,8 +78,15 @@ class StepGraphs:
         """Rows of the largest graph; 0 where there is none."""
         return max(self._graphs, default=0)
 
-    def run(self, rows: int, step: Callable[[int], None]) -> None:
-        """Run the step of ``rows`` rows, one of the sizes, by a graph wherever there can be one."""
+    def has(self, rows: int) -> bool:
+        """Whether there is a graph of just so many rows."""
+        return rows in self._graphs
+
+    def run(self, rows: int, step: Callable[[int], None]) -> int:
+        """Run the step of ``rows`` rows, one of the sizes, by a graph wherever there can be one.
+
+        Returns how many rows the replayed graph has, 0 where the step ran without one.
+        """
         if rows not in self._graphs and rows in self._sizes and rows not in self._without:
             try:
                 step(rows)
@@ -90,12 +98,13 @@ class StepGraphs:
             else:
                 with torch.cuda.device(self._device):
                     self._capture(rows, step)
-                return
+                return 0
         size = min((size for size in self._graphs if size >= rows), default=None)
         if size is None:
             step(rows)
-        else:
-            self._graphs[size].replay()
+            return 0
+        self._graphs[size].replay()
+        return size
 
     def _capture(self, rows: int, step: Callable[[int], None]) -> bool:
         """Capture the step of ``rows`` rows, which has run before; whether there is a graph of it now."""
@@ -140,10 +149,9 @@ class StepGraphs:
     def _give_up(self, rows: int) -> None:
         self._without.add(rows)
         instead = "they run in a larger one" if self._graphs else "fewer run at once"
-        warnings.warn(
+        self._warn(
             f"no memory is left for a CUDA graph of {rows} rows: {instead}. A smaller kv_memory= or max_rows= leaves "
-            f"more",
-            stacklevel=4,
+            f"more"
         )
 
     def _stop(self, error: RuntimeError) -> None:
@@ -152,11 +160,14 @@ class StepGraphs:
         self._sizes.clear()
         _clear_cublas_workspaces()
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
+        self._warn(
             f"a decode step could not be captured as a CUDA graph ({first}): steps run without graphs, slower and with "
-            f"the same results. cuda_graphs=False does so from the start, without this warning",
-            stacklevel=4,
+            f"the same results. cuda_graphs=False does so from the start, without this warning"
         )
+
+    def _warn(self, text: str) -> None:
+        self.given_up.append(text)
+        warnings.warn(text, stacklevel=5)
 
 
 def _clear_cublas_workspaces() -> None:

@@ -6,7 +6,6 @@ distribution at every position of a completion): they differ in what looks at th
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.forward import Attend, Model, Observe, computing, embed, finish, run_blocks
 from icon2_rt.engine.kv import KVPages
+from icon2_rt.engine.record import Record
 from icon2_rt.ops import RowSteering, Segment, Segments, rotary
 from icon2_rt.steering import CompiledSteering
 
@@ -69,6 +69,7 @@ def run_prefill(
     bank: DirectionBank,
     jobs: Sequence[Prefill],
     chunk: int,
+    record: Record,
     *,
     observe: Callable[[list[tuple[int, int, int]], int, Tensor], None] | None = None,
     outputs: Outputs | None = None,
@@ -76,6 +77,7 @@ def run_prefill(
     """Compute the KV of all ``jobs`` into their pages, at most ``chunk`` tokens a pass.
 
     Args:
+        record: counts the passes, and keeps the warnings about smaller ones.
         observe: called as ``observe(pieces, layer, h)`` after every block, ``h [tokens, hidden]`` being the pieces
             ``(job, start, end)`` one after the other; again from the first block if a pass does not fit the memory and
             is repeated in smaller ones. outputs: called with the final normed states instead of stopping
@@ -96,14 +98,14 @@ def run_prefill(
                 if chunk <= kv.page_size:
                     raise
                 chunk = max(chunk // 2, kv.page_size)
-                warnings.warn(
+                record.fall_back(
                     f"no memory for a prefill pass of {sum(end - start for _, start, end in pieces)} tokens: passes of "
-                    f"{chunk} are tried. A smaller prefill_chunk= or kv_memory= avoids this",
-                    stacklevel=2,
+                    f"{chunk} are tried. A smaller prefill_chunk= or kv_memory= avoids this"
                 )
                 left = [pieces, *(pack.pieces for pack in todo)]
                 todo = deque(_packs([piece for some in left for piece in some], chunk))
                 continue
+            record.prefill_passes += 1
             if outputs is not None and h is not None:
                 with computing(model):
                     outputs(pieces, h)

@@ -8,7 +8,7 @@ waits for it at the end. Memory follows the same order: what one side frees is u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -61,12 +61,14 @@ def in_stream(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
     return run
 
 
-def steps_in_stream(method: Callable[Concatenate[S, P], Iterator[T]]) -> Callable[Concatenate[S, P], Iterator[T]]:
+def steps_in_stream(
+    method: Callable[Concatenate[S, P], Iterator[T]],
+) -> Callable[Concatenate[S, P], Generator[T, None, None]]:
     """A generator method of which every step, and its end, runs in ``self.stream``; between two steps the caller's own
     stream is the current one, whichever that is then."""
 
     @wraps(method)
-    def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
         steps = method(self, *args, **kwargs)
         try:
             while True:

@@ -106,6 +106,17 @@ def prefill_attention_by_library(
     return prefill_attention(q, k_pages, v_pages, segments, scale, choose(q.device, q.dtype, q.shape[2]))
 
 
+def path_of(attention: Callable, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of the path that ``attention``, an ``Ops.prefill_attention``, takes for such a model."""
+    if attention is prefill_attention_by_library:
+        attend = choose(device, dtype, head_dim)
+    elif attention is prefill_attention:
+        attend = sdpa
+    else:  # one that a path was handed to
+        attend = getattr(attention, "keywords", {}).get("attend", attention)
+    return next((p.name for p in (*PATHS, SDPA) if p.attend is attend), attend.__module__)
+
+
 __all__ = [
     "PATHS",
     "SDPA",
@@ -115,6 +126,7 @@ __all__ = [
     "Segments",
     "choose",
     "path",
+    "path_of",
     "prefill_attention",
     "prefill_attention_by_library",
     "sdpa",
