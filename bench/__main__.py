@@ -19,8 +19,8 @@ def micro(arguments: Sequence[str]) -> None:
 
 
 ONE = (
-    "backends", "pairs", "memory", "micro", "step", "overhead", "sanitize", "targets", "proof", "training", "seconds",
-    "results",
+    "backends", "pairs", "memory", "micro", "crossover", "step", "overhead", "sanitize", "targets", "proof", "training",
+    "seconds", "results",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def main() -> None:
         run("backends", ["--model", model])
         run("pairs", ["--model", model])
         run("memory", ["--model", model])
+    run("crossover")
     run("results")
 
 

@@ -30,7 +30,6 @@ MOST_SETS = 64
 
 SPECS = {
     "tiny": DecoderSpec("llama", 6, 128, 4, 2, 32, 384, 1024, 1024, None, 1e-6, 1.0, False),
-    "random100m": DecoderSpec("llama", 12, 768, 12, 4, 64, 2048, 32000, 4096, None, 1e-6, 1.0, True),
     **SHAPES,
 }
 

@@ -32,7 +32,7 @@ CONTESTANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny", "random100m", *SHAPES], default="tiny")
+    parser.add_argument("--model", choices=["tiny", *SHAPES], default="tiny")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--prompts", type=int, nargs="+", choices=sorted(subjects.LENGTHS), default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -18,7 +18,7 @@ from icon2_rt.engine.batch import Batch, Manner
 from icon2_rt.engine.items import plan_items
 from icon2_rt.engine.step import StepInputs
 from icon2_rt.models import DecoderSpec
-from icon2_rt.ops import AttentionItems, RowState, select
+from icon2_rt.ops import AttentionItems, Backend, RowState, select
 from icon2_rt.steering import CompiledSteering, Direction, compile_steering
 
 # As many distinct steerings as a batch has rows, and the directions of a steering of three.
@@ -68,15 +68,30 @@ class Seating:
         return f"{what}, {self.prompt} tokens, {self.distinct} steering(s) of {self.terms} term(s), {blocks}"
 
 
-def make_engine(model: str, device: torch.device, max_rows: int) -> Engine:
-    """An engine on random weights whose KV pages hold random numbers: all the memory that is left on a GPU. On a CPU it
-    runs in the fixed buffers that a GPU's graphs read, without the graphs."""
+def make_engine(
+    model: str,
+    device: torch.device,
+    max_rows: int,
+    backend: Backend | None = None,
+    kv_memory: int | str | None = None,
+    exact: bool = False,
+) -> Engine:
+    """An engine on random weights whose KV pages hold random numbers.
+
+    Args:
+        backend: "triton" on a GPU and "reference" on a CPU where None.
+        kv_memory: where None, all the memory that is left on a GPU, and 8 MiB on a CPU.
+        exact: on a CPU run exactly the rows there are, as a CPU does; else in the fixed buffers that a GPU's graphs
+            read, without the graphs.
+    """
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    options = EngineOptions(kv_memory=None if on_gpu else "8MiB", max_rows=max_rows, max_directions=MOST_DIRECTIONS)
-    ops = select("triton" if on_gpu else "reference", device)
+    if kv_memory is None and not on_gpu:
+        kv_memory = "8MiB"
+    options = EngineOptions(kv_memory=kv_memory, max_rows=max_rows, max_directions=MOST_DIRECTIONS)
+    ops = select(backend or ("triton" if on_gpu else "reference"), device)
     engine = Engine(Model(SHAPES[model], random_weights(model, device, dtype), ops), options)
-    if not on_gpu:
+    if not on_gpu and not exact:
         engine._manner = Manner(fixed=True)
     for pages in (engine.kv.k, engine.kv.v):
         for block in pages:

@@ -16,15 +16,22 @@ from icon2_rt.models.decoder import decoder_of
 SEED = 0
 STD = 0.02
 
-# Sizes of the published configurations (Llama-3-8B with room for prompts of 8192 tokens and what follows them); "dry"
-# has their kinds of size in little, for a run without a GPU.
+# Sizes of the published configurations (the Llamas with room for prompts of 8192 tokens and what follows them); two
+# small ones for a CPU, of which "-mha" has a KV head for every query head; and "dry", which has their kinds of size in
+# little, for a run without a GPU.
 SHAPES = {
     "llama3-8b": DecoderSpec("llama", 32, 4096, 32, 8, 128, 14336, 128256, 16384, None, 1e-5, 1.0, False),
     "qwen2-7b": DecoderSpec("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, 32768, None, 1e-6, 1.0, False),
     "qwen2-1.5b": DecoderSpec("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 32768, None, 1e-6, 1.0, True),
+    "llama2-7b": DecoderSpec("llama", 32, 4096, 32, 32, 128, 11008, 32000, 16384, None, 1e-5, 1.0, False),
+    "llama3.2-3b": DecoderSpec("llama", 28, 3072, 24, 8, 128, 8192, 128256, 16384, None, 1e-5, 1.0, True),
+    "llama3.2-1b": DecoderSpec("llama", 16, 2048, 32, 8, 64, 8192, 128256, 16384, None, 1e-5, 1.0, True),
+    "random100m": DecoderSpec("llama", 12, 768, 12, 4, 64, 2048, 32000, 16384, None, 1e-6, 1.0, True),
+    "random100m-mha": DecoderSpec("llama", 12, 768, 12, 12, 64, 2048, 32000, 16384, None, 1e-6, 1.0, True),
     "dry": DecoderSpec("llama", 3, 48, 6, 2, 8, 80, 128, 512, None, 1e-5, 1.0, False),
 }
-_ROPE_THETA = {"llama3-8b": 5e5, "qwen2-7b": 1e6, "qwen2-1.5b": 1e6, "dry": 1e4}
+_ROPE_THETA = {"llama3-8b": 5e5, "llama3.2-3b": 5e5, "llama3.2-1b": 5e5, "qwen2-7b": 1e6, "qwen2-1.5b": 1e6}
+_USUAL_THETA = 1e4
 
 
 def random_weights(name: str, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
@@ -56,7 +63,7 @@ def random_weights(name: str, device: torch.device, dtype: torch.dtype) -> Decod
     ]
     embedding = rand(spec.vocab_size, hidden)
     lm_head = embedding if spec.tied_embeddings else rand(spec.vocab_size, hidden)
-    inv_freq = _ROPE_THETA[name] ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    inv_freq = _ROPE_THETA.get(name, _USUAL_THETA) ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
     return DecoderWeights(embedding, layers, norm(), lm_head, inv_freq)
 
 
@@ -93,7 +100,7 @@ def config(name: str, dtype: torch.dtype) -> PretrainedConfig:
         max_position_embeddings=spec.max_position,
         rms_norm_eps=spec.rms_norm_eps,
         tie_word_embeddings=spec.tied_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA[name]},
+        rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA.get(name, _USUAL_THETA)},
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
