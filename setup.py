@@ -1,6 +1,7 @@
 """Everything that is static is in pyproject.toml. This file is only for the optional native extension: sources in
 csrc/, bound as icon2_rt._native. It is optional in the strict sense: without sources, without pybind11 or without a
-compiler the install is pure Python, without nvcc it has no CUDA part, and `icon2 doctor` says so.
+compiler the install is pure Python (ICON2_NATIVE=0 makes it so anywhere), without nvcc it has no CUDA part, and `icon2
+doctor` says so.
 """
 
 import os
@@ -121,7 +122,7 @@ class Build(build_ext):
 
 def extensions() -> list[Extension]:
     root = Path(__file__).resolve().parent
-    if not (root / SOURCES[0]).is_file():
+    if os.environ.get("ICON2_NATIVE") == "0" or not (root / SOURCES[0]).is_file():
         return []
     try:
         import pybind11

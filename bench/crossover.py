@@ -41,7 +41,7 @@ GENERATED = 24  # positions of the response that each branch has written when at
 STEPS = 30  # the most that one layout of a step holds for
 ROTATE_BYTES, MOST_SETS = 256 * 2**20, 32  # KV that a turn of attention alone goes through: more than a cache holds
 MOST_CALLS = 64  # of a turn
-LEAST_ROUNDS = 6  # fewer say nothing with a confidence of 95 %
+LEAST_ROUNDS = 8  # fewer say nothing with a confidence of 99 %
 Sides = tuple[Callable[[], Any], Callable[[], Any]]  # one call of the shared side, one of the other
 
 
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--branches", type=int, nargs="+", default=list(BRANCHES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=25, help="the most turns of each side")
-    parser.add_argument("--seconds", type=float, default=4.0, help="begin no further round of a cell after so many")
+    parser.add_argument("--seconds", type=float, default=4.0,
+                        help="begin no further round of a cell after so many, or six times that before 8 rounds are "
+                        "done")  # fmt: skip
     parser.add_argument("--limit", type=float, default=math.inf, help="begin no further cell after so many seconds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a folder or a file; default: bench/results/")
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "split": PAGE_SIZE * SPLIT_PAGES,
             "generated": GENERATED,
             "rounds": options.rounds,
+            "threads": options.threads,
+            "clock": "events" if device.type == "cuda" else "CPU time" if options.threads == 1 else "wall",
             "seconds": options.seconds,
             "dtype": str(_dtype(device))[6:],
             "dry": options.dry,
@@ -120,11 +124,9 @@ def _measurements(options: argparse.Namespace, device: torch.device, deadline: f
     names = options.backend or (["triton"] if on_gpu else ["native", "reference"])
     names = [name for name in names if ops.available(device)[name] is None]
     late = "not reached: out of time"
-    for model in models:
-        for what in options.what:
-            if what == "step" and on_gpu and not options.model and model != models[0]:
-                continue
-            for name in names:
+    for what in options.what:
+        for name in names:
+            for model in models[:1] if what == "step" and on_gpu and not options.model else models:
                 cells = [Cell(what, model, name, p, k) for p in prefixes for k in branches]
                 if time.monotonic() > deadline:
                     yield from ((cell, late) for cell in cells)
@@ -241,16 +243,19 @@ def apart(items: AttentionItems) -> AttentionItems:
 
 def compared(sides: Sides, device: torch.device, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds of a call of each side, and the ratio of neighbouring turns: unshared over shared."""
+    # Of one thread the processor's time is counted: what else the machine does costs less of it than of the clock's.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode():
         once = [sum(timed(side, device, n=1, warm_up=2)) for side in sides]
         n = max(1, min(MOST_CALLS, round(5.0 / max(once[0], 1e-3))))  # a turn takes 5 ms or one call
         times: list[list[float]] = [[], []]
         end = time.monotonic() + seconds
         for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and time.monotonic() > end:
+            late = time.monotonic() - end
+            if late > 0 and (turn >= LEAST_ROUNDS or late > 5 * seconds):
                 break
             for which in (0, 1) if turn % 2 else (1, 0):
-                times[which].append(median(timed(sides[which], device, n, warm_up=1)))
+                times[which].append(median(timed(sides[which], device, n, warm_up=min(1, n - 1), clock=clock)))
     ratios = sorted(alone / shared for shared, alone in zip(*times, strict=True))
     low, high = interval(ratios)
     return {
@@ -263,13 +268,13 @@ def compared(sides: Sides, device: torch.device, rounds: int, seconds: float) ->
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the median lies with a confidence of 95 %, whatever the distribution: between two of the sorted ``values``.
-    With fewer than six of them no two are that sure, and it is the first and the last."""
+    """Where the median lies with a confidence of 99 %, whatever the distribution: between two of the sorted ``values``.
+    With fewer than eight of them no two are that sure, and it is the first and the last."""
     n = len(values)
     below, k = 0.0, 0
     while k < n // 2:  # below: the chance that no more than k of n values lie under the median
         below += math.comb(n, k) / 2**n
-        if below > 0.025:
+        if below > 0.005:
             break
         k += 1
     k = max(0, k - 1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench import hf, subjects
+from bench import hf, room, subjects
 from bench.environment import environment, load, write
 from bench.shapes import SHAPES
 from icon2_rt import Runtime, Steering
@@ -32,7 +32,8 @@ CONTESTANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--model", choices=["tiny", "auto", *SHAPES], default="tiny",
+                        help="auto: llama3-8b, or the largest that the GPU has room for")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--prompts", type=int, nargs="+", choices=sorted(subjects.LENGTHS), default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -45,9 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
 
     device = torch.device(options.device)
+    told: dict[str, str] = {}
+    if options.model == "auto":
+        chosen, told = room.fitting(["llama3-8b"], room.pairs_needs, room.free_bytes(device))
+        if not chosen:
+            parser.error(f"this GPU has no room for any of the decoders: {told}")
+        options.model = chosen[0]
     model = subjects.load(options.model, device)
     # On a GPU the other contestants need room for a model and a cache of their own.
-    kv_memory = "12GiB" if device.type == "cuda" else None
+    kv_memory = room.pairs_kv(options.model) if device.type == "cuda" else None
     backend = "triton" if device.type == "cuda" else "auto"
     runtime = Runtime(model, keep_model=True, device=device, backend=backend, kv_memory=kv_memory)
     steerings = subjects.steerings(model, subjects.prompts(options.model, 1)[0])
@@ -67,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             "backend": runtime.backend,
             "page_size": runtime.page_size,
             "contestants": CONTESTANTS,
+            "no_room_for": told,
         },
         "environment": environment(device),
         "figures": [],

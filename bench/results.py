@@ -225,6 +225,57 @@ def _overhead(record: dict[str, Any]) -> str:
     )
 
 
+def _crossover(record: dict[str, Any]) -> str:
+    settings, parts = record["settings"], []
+    cells = record["figures"]
+    branches = sorted({f["branches"] for f in cells})
+    for what, title in (("attention", "attention alone, one block"), ("step", "a whole decode step")):
+        sets = dict.fromkeys((f["model"], f["backend"]) for f in cells if f["what"] == what)
+        rows = []
+        for model, backend in sets:
+            mine = [f for f in cells if (f["what"], f["model"], f["backend"]) == (what, model, backend)]
+            for prefix in sorted({f["prefix"] for f in mine}):
+                by_branches = {f["branches"]: f for f in mine if f["prefix"] == prefix}
+                rows.append([f"{model}, {backend}", prefix, *(_crossing(by_branches.get(k)) for k in branches)])
+        if rows:
+            heads = ["", "prefix", *(f"{k} branches" for k in branches)]
+            parts.append(f"### {title.capitalize()}\n\n" + _table(heads, rows))
+    parts.append(_crossover_memory(cells, branches))
+    slower = [f for f in cells if f.get("verdict") == "slower"]
+    told = "; ".join(f"{f['model']}, {f['backend']}, {f['branches']} × {f['prefix']} ({f['what']})" for f in slower)
+    counted = sum(f["status"] == "measured" for f in cells)
+    return (
+        "A group's branches reading their prompt's KV together, and the same branches reading it alone, in turns: how "
+        "many times as long the latter takes, the median of neighbouring turns and, in brackets, where it lies with a "
+        f"confidence of 99 %. Time: {settings['clock']}. With a prefix below one split ({settings['split']} positions) "
+        "nothing can be shared and both sides are the same: the noise of the machine.\n\n"
+        + "\n".join(parts)
+        + f"\nSlower together beyond noise: {told or 'nowhere'}, of {counted} cells.\n"
+    )
+
+
+def _crossing(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    if figure["status"] != "measured":
+        return str(figure["status"])
+    r = figure["ratio"]
+    return f"{r['median']:.2f}× ({r['low']:.2f}–{r['high']:.2f})"
+
+
+def _crossover_memory(cells: Sequence[dict[str, Any]], branches: Sequence[int]) -> str:
+    """KV memory with one copy of the prompt and with one a branch: the same for all that have a model's sizes."""
+    rows = []
+    for model in dict.fromkeys(f["model"] for f in cells):
+        mine = {(f["prefix"], f["branches"]): f["kv_mib"] for f in cells if f["model"] == model}
+        for prefix in sorted({prefix for prefix, _ in mine}):
+            found = [mine.get((prefix, k)) for k in branches]
+            shown = [f"{m['shared']:.0f} / {m['unshared']:.0f}" if m else "" for m in found]
+            rows.append([model, prefix, *shown])
+    heads = ["", "prefix", *(f"{k} branches" for k in branches)]
+    return "### KV memory in MiB, one copy of the prompt / a copy a branch\n\n" + _table(heads, rows)
+
+
 def _proof(record: dict[str, Any]) -> str:
     s, made = record["settings"], record["model"]
     parts = {
@@ -483,6 +534,7 @@ SECTIONS = (
     ("seconds", "What a pair takes", _seconds),
     ("step", "A decode step", _step),
     ("overhead", "What steering, branches and sharing cost", _overhead),
+    ("crossover", "Where sharing the prompt's KV pays", _crossover),
     ("backends", "The backends of a CPU beside each other", _backends),
     ("pairs", "Pairs per second, end to end", _pairs),
     ("memory", "Peak memory of a pair beside two single runs", _memory),

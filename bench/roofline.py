@@ -1,21 +1,35 @@
-"""What a decode step has to move and to compute, and so the time that no version can beat by much: the prediction that
-every measured step stands beside."""
+"""What a decode step has to move, to compute and to wait for, and so what it is predicted to take: the figure that
+every measured step stands beside. Nothing here has been measured on a GPU."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from bench.shapes import SHAPES, step_weights
 from icon2_rt.models import DecoderSpec
 
 # Kernels of a block: two add-steer-norms, qkv, rope, attention and its merge, o, gate and up, silu-mul, down.
-LAUNCHES_PER_BLOCK = 10
+LAUNCHES_PER_BLOCK, PRODUCTS_PER_BLOCK = 10, 4
 # Around them: begin_step, the embedding's rows, the final norm, the head, and four of sampling.
-LAUNCHES_AROUND = 8
-# One launch inside a graph.
-LAUNCH_SECONDS = 1.3e-6
+LAUNCHES_AROUND, PRODUCTS_AROUND = 8, 1
+# From the end of one kernel of a graph to the start of the next: all that a launch costs where nothing waits for data.
+GAP_SECONDS = 1.3e-6
+# A small kernel that reads what the one before it wrote: the gap, its own start and end, and at least one round trip to
+# memory. 2.5 to 3 µs, however little it does; every small kernel of a step is one of these.
+SMALL_SECONDS = 2.75e-6
 # What a row waits for at a steered block: two more round trips to memory; each further term one to L2.
 STEERED_SECONDS, TERM_SECONDS = 1.0e-6, 0.3e-6
+# What a matrix library reaches of the copy's bandwidth at a few rows, where the weights are all that counts.
+PRODUCT_SHARE, WORST_SHARE, BEST_SHARE = 0.87, 0.82, 0.92
+
+# Between steps. The results' copies and the event behind them leave the device idle for 5 to 10 µs a step.
+RESULTS_SECONDS = 7.5e-6
+# The host's part of a prefill pass (6 to 8 ms of Python), during which no step is launched; some 30 small copies to
+# seat the rows that join; what a pass reaches of a large product's speed, attention and small kernels included.
+PASS_HOST_SECONDS, JOIN_SECONDS, PASS_SHARE = 7e-3, 0.3e-3, 0.75
+PASS_TOKENS = 2048  # the default of prefill_chunk
+NEW_TOKENS = 256  # of a branch, in the table of runs
 
 
 @dataclass(frozen=True)
@@ -88,13 +102,43 @@ class Load:
     def launches(self) -> int:
         return self.spec.n_layers * LAUNCHES_PER_BLOCK + LAUNCHES_AROUND
 
-    def milliseconds(self, machine: Machine) -> float:
-        """Products at the larger of their two times, everything else at the copy's speed, the launches, and what
-        steered blocks wait for."""
-        products = max(self.weights / machine.copy, self.flops / machine.flops)
+    @property
+    def launch_seconds(self) -> float:
+        """What the launches take beside the bytes: a gap before each product, a small kernel's floor for the others."""
+        products = self.spec.n_layers * PRODUCTS_PER_BLOCK + PRODUCTS_AROUND
+        return products * GAP_SECONDS + (self.launches - products) * SMALL_SECONDS
+
+    def milliseconds(self, machine: Machine, share: float = PRODUCT_SHARE) -> float:
+        """Products at the larger of their two times (``share``: of the copy's bandwidth), everything else at the copy's
+        speed, the launches, and what steered blocks wait for."""
+        products = max(self.weights / (share * machine.copy), self.flops / machine.flops)
         rest = (self.bytes - self.weights) / machine.copy
         waits = self.spec.n_layers * (STEERED_SECONDS + (self.terms - 1) * TERM_SECONDS) if self.terms else 0.0
-        return 1e3 * (products + rest + self.launches * LAUNCH_SECONDS + waits)
+        return 1e3 * (products + rest + self.launch_seconds + waits)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What is done for ``groups`` new groups of ``load`` that take the seats of finished ones together."""
+
+    load: Load
+    groups: int
+
+    def pass_milliseconds(self, machine: Machine) -> float:
+        """Prefill, as long as the host's or the device's part takes, and seating their rows: no step runs then."""
+        tokens = self.groups * self.load.prompt
+        passes = math.ceil(tokens / PASS_TOKENS)
+        read = passes * self.load.weights / (PRODUCT_SHARE * machine.copy)
+        computed = 2 * tokens * step_weights(self.load.spec) / (PASS_SHARE * machine.flops)
+        return 1e3 * (max(passes * PASS_HOST_SECONDS, read, computed) + JOIN_SECONDS)
+
+    def share(self, machine: Machine, new_tokens: int) -> float:
+        """Of a long run's time, where each branch generates ``new_tokens`` and all of ``load`` is seated: a group ends
+        every new_tokens / load.groups steps."""
+        steps = new_tokens * self.groups / self.load.groups
+        decoding = steps * (self.load.milliseconds(machine) + 1e3 * RESULTS_SECONDS)
+        prefill = self.pass_milliseconds(machine)
+        return prefill / (decoding + prefill)
 
 
 def kv_bytes(spec: DecoderSpec, itemsize: int) -> int:
@@ -113,7 +157,7 @@ def sizes_table() -> str:
         kv = kv_bytes(load.spec, load.itemsize) / 1024
         lines.append(
             f"| {name} | {load.weights / 1e9:.2f} GB | {kv:.0f} KiB | {load.launches} | "
-            f"{1e3 * load.launches * LAUNCH_SECONDS:.2f} ms |"
+            f"{1e3 * load.launch_seconds:.2f} ms |"
         )
     return "\n".join(lines) + "\n"
 
@@ -133,6 +177,29 @@ def steps_table() -> str:
                 ]
                 cells.append(" / ".join(shown))
             lines.append(f"| {machine.name} | {prompt} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def runs_table() -> str:
+    """Predicted share of prefill and joining in a run of Llama-3-8B pairs, by how many pairs are admitted at once."""
+    lines = [
+        "| GPU | prompt | pairs seated | a pass a freed pair | of the time | a pass for an eighth | of the time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for machine in (H100, H200):
+        for prompt in (64, 256, 2048):
+            for seated in (32, 128):
+                load = Load(SHAPES["llama3-8b"], seated, 2, prompt, generated=NEW_TOKENS // 2, terms=1)
+                if load.weights + load.kv > machine.memory:
+                    continue
+                cells = []
+                for groups in (1, seated // 8):
+                    admission = Admission(load, groups)
+                    cells += [
+                        f"{admission.pass_milliseconds(machine) / groups:.1f} ms a pair",
+                        f"{100 * admission.share(machine, NEW_TOKENS):.0f} %",
+                    ]
+                lines.append(f"| {machine.name} | {prompt} | {seated} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

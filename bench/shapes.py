@@ -118,3 +118,8 @@ def step_weights(spec: DecoderSpec) -> int:
     heads = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
     block = heads * hidden + spec.n_heads * spec.head_dim * hidden + 3 * ffn * hidden
     return spec.n_layers * block + spec.vocab_size * hidden
+
+
+def all_weights(spec: DecoderSpec) -> int:
+    """Elements of all weights but norms and biases."""
+    return step_weights(spec) + (0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size)

@@ -15,6 +15,7 @@ import torch
 
 from bench.environment import environment, write
 from bench.roofline import H100, Machine
+from bench.room import fitting, free_bytes, step_needs
 from bench.seats import Seating, Seats, make_engine
 from bench.timing import COPY_BYTES, Timing, device_copy, timed
 from icon2_rt.engine import Engine
@@ -63,7 +64,7 @@ class Stage:
 
 
 def parse(name: str, doc: str, argv: list[str] | None, models: tuple[str, ...]) -> tuple[Stage, tuple[str, ...]]:
-    """The stage that the command line asks for, and its models.
+    """The stage that the command line asks for, and its models: smaller ones where those have no room.
 
     Without a CUDA device only ``--dry`` runs: the same code, a tiny decoder, on the CPU; its figures mean nothing.
     """
@@ -79,8 +80,10 @@ def parse(name: str, doc: str, argv: list[str] | None, models: tuple[str, ...]) 
     if options.dry and options.out is None:
         parser.error("--dry measures nothing that is worth keeping among the results: give it --out FOLDER")
     device = torch.device("cpu" if options.dry else "cuda")
+    chosen, told = (["dry"], {}) if options.dry else fitting(options.model, step_needs, free_bytes(device))
     steps = 2 if options.dry else options.steps
-    settings = {"steps": steps, "dry": options.dry, "dtype": "float32" if options.dry else "bfloat16"}
+    settings: dict[str, Any] = {"steps": steps, "dry": options.dry, "dtype": "float32" if options.dry else "bfloat16"}
+    settings["no_room_for"] = told
     record = {
         "benchmark": name,
         "settings": settings,
@@ -90,7 +93,10 @@ def parse(name: str, doc: str, argv: list[str] | None, models: tuple[str, ...]) 
     }
     deadline = time.monotonic() + options.limit
     stage = Stage(name, device, options.dry, steps, deadline, options.out, record)
-    return stage, ("dry",) if options.dry else tuple(options.model)
+    if not chosen:
+        write(name, record, options.out)
+        parser.error(f"this GPU has no room for any of the decoders: {told}")
+    return stage, tuple(chosen)
 
 
 def step_times(seats: Seats, seating: Seating, steps: int, device: torch.device) -> list[float]:

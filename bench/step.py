@@ -11,29 +11,27 @@ from typing import Any
 from bench.seats import Seating, Seats
 from bench.stage import WARM_UP, Stage, attempt, parse, step_times, timing_of
 
-# (model, pairs, prompt tokens), what is worth most first.
-CELLS = [
-    ("llama3-8b", 1, 2048), ("llama3-8b", 8, 2048), ("llama3-8b", 32, 2048), ("llama3-8b", 128, 256),
-    ("llama3-8b", 128, 2048), ("llama3-8b", 1, 256), ("llama3-8b", 32, 8192), ("llama3-8b", 8, 8192),
-    ("llama3-8b", 8, 256), ("llama3-8b", 32, 256), ("llama3-8b", 1, 8192), ("llama3-8b", 128, 8192),
-    ("qwen2-7b", 1, 2048), ("qwen2-7b", 32, 2048), ("qwen2-7b", 128, 2048), ("qwen2-7b", 8, 2048),
-    ("qwen2-7b", 1, 256), ("qwen2-7b", 128, 256), ("qwen2-7b", 32, 8192), ("qwen2-7b", 8, 256),
-    ("qwen2-7b", 32, 256), ("qwen2-7b", 1, 8192), ("qwen2-7b", 8, 8192), ("qwen2-7b", 128, 8192),
-]  # fmt: skip
-DRY_CELLS = [("dry", 1, 40), ("dry", 3, 300), ("dry", 100, 300)]
+# (pairs, prompt tokens) of the first decoder and of the second, what is worth most first.
+CELLS = (
+    [(1, 2048), (8, 2048), (32, 2048), (128, 256), (128, 2048), (1, 256), (32, 8192), (8, 8192), (8, 256), (32, 256),
+     (1, 8192), (128, 8192)],
+    [(1, 2048), (32, 2048), (128, 2048), (8, 2048), (1, 256), (128, 256), (32, 8192), (8, 256), (32, 256), (1, 8192),
+     (8, 8192), (128, 8192)],
+)  # fmt: skip
+DRY_CELLS = [(1, 40), (3, 300), (100, 300)]
 MODELS = ("llama3-8b", "qwen2-7b")
 
 
 def main(argv: list[str] | None = None) -> None:
     stage, models = parse("step", __doc__, argv, MODELS)
-    for model in models:
-        run(stage, model)
+    for model, cells in zip(models, CELLS, strict=False):
+        run(stage, model, DRY_CELLS if stage.dry else cells)
 
 
-def run(stage: Stage, model: str) -> None:
+def run(stage: Stage, model: str, cells: list[tuple[int, int]]) -> None:
     """All cells of a model; its memory is free again when this returns."""
     seats = Seats(stage.engine(model, max_rows=256))
-    for _, pairs, prompt in (cell for cell in (DRY_CELLS if stage.dry else CELLS) if cell[0] == model):
+    for pairs, prompt in cells:
         figure: dict[str, Any] = {"model": model, "pairs": pairs, "prompt": prompt, "rows": 2 * pairs}
         if stage.left < 0:
             stage.keep({**figure, "status": "not reached: out of time"})

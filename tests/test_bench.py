@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from bench.shapes import SHAPES, config, transformers_model
 from icon2_rt.models import family_of, read_spec, take_weights
 from tools.refresh_readme import ROOT
 
-STAGES = ("micro", "step", "overhead", "e2e", "sanitize")
+STAGES = ("micro", "step", "overhead", "crossover", "e2e", "sanitize")
 
 
 def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,13 +54,17 @@ def test_every_stage_runs_and_the_table_comes_last(dry):
     assert "0 stage(s) failed" in done.stdout
 
 
-def test_at_most_eight_files_are_left(dry):
+def test_what_is_left(dry):
     out, _ = dry
     names = sorted(path.name for path in out.iterdir())
-    assert len(names) == 8
     kinds = [name.split("-")[0] for name in names if name.endswith(".json")]
-    assert kinds == ["micro", "overhead", "pairs", "step"]
-    assert {"log.txt", "tests.log", "sanitize.log", "table.txt"} < set(names)
+    assert kinds == ["crossover", "micro", "overhead", "pairs", "step"]
+    assert [name for name in names if not name.endswith(".json")] == [
+        "log.txt",
+        "sanitize.log",
+        "table.txt",
+        "tests.log",
+    ]
 
 
 def test_the_lane_ran_and_nothing_in_it_failed(dry):
@@ -80,7 +87,12 @@ def test_the_records_hold_what_a_figure_needs(dry):
         assert records[name]["copy"]["gb_per_second"] > 0
     # What is stored is what RESULTS.md is made from.
     text = results.report(list(records.items()))
-    for title in ("A decode step", "What steering, branches and sharing cost", "The ops one by one"):
+    for title in (
+        "A decode step",
+        "What steering, branches and sharing cost",
+        "Where sharing the prompt's KV pays",
+        "The ops one by one",
+    ):
         assert f"## {title}\n" in text
     assert "8 sequential branches over a ladder of 8" in text
 
@@ -93,12 +105,124 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_rest_goes_on(tmp_path):
     assert "not measured" in done.stdout  # the table, in spite of all
 
 
+# What a lane of tests/gpu could be on a bad day. Its own conftest.py stands beside it.
+FAULTY = """
+    def test_before():
+        assert 1 + 1 == 3, "an ordinary failure"
+
+    def test_fault():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def test_after():
+        print("it ran in another process")
+"""
+SOUND = "def test_sound(): pass"
+SLOW = """
+    import time
+
+    def test_before():
+        assert 1 + 1 == 3, "an ordinary failure"
+
+    def test_slow():
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def lane(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the stage ``tests`` over files that are given here."""
+
+    def run(environment: dict[str, str], **files: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path / "lane"
+        folder.mkdir()
+        for path in ("tests/gpu/conftest.py", "pyproject.toml"):
+            shutil.copy(ROOT / path, folder)
+        for name, code in files.items():
+            (folder / f"test_{name}.py").write_text(textwrap.dedent(code))
+        return gpu_sh(tmp_path / "out", "--dry", "tests", GPU_LANE=str(folder), **environment)
+
+    return run
+
+
+def test_a_cuda_fault_ends_its_process_and_another_goes_on_behind_it(lane, tmp_path):
+    done = lane({}, faulty=FAULTY, sound=SOUND)
+    assert done.returncode == 1
+    assert "1 stage(s) failed: tests" in done.stdout
+    log = (tmp_path / "out" / "tests-faulty.log").read_text()
+    assert "CUDA fault: illegal memory access in" in log
+    assert "2 failed" in log
+    assert "1 passed, 2 deselected" in log
+    assert "an ordinary failure" in log
+    assert "1 passed" in (tmp_path / "out" / "tests-sound.log").read_text()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "log.txt", "table.txt", "tests-faulty.log", "tests-sound.log"
+    ]  # fmt: skip
+
+
+def test_a_lane_that_is_stopped_reports_what_had_failed(lane, tmp_path):
+    done = lane({"STAGE_SECONDS": "6"}, slow=SLOW)
+    assert done.returncode == 1
+    assert "tests: stopped by the watchdog" in done.stdout
+    assert "an ordinary failure" in (tmp_path / "out" / "tests-slow.log").read_text()
+
+
+def test_without_plugins_the_lane_runs_and_micro_says_what_is_missing(lane, tmp_path):
+    done = lane({"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, sound=SOUND)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in (tmp_path / "out" / "tests-sound.log").read_text()
+    done = gpu_sh(tmp_path / "out", "--dry", "micro", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert done.returncode == 1
+    assert "lacks pytest-benchmark: pip install 'icon2_rt[test]'" in done.stdout
+
+
+PYTHON = """
+    #!/bin/sh
+    if [ "$1 $2" = "-m pip" ]; then
+      echo "pip: CUDA=${{ICON2_CUDA-}} NATIVE=${{ICON2_NATIVE-}}" >> {log}
+      {pip}
+    fi
+    exec {python} "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("pip", "told"),
+    [("echo 'externally managed' >&2; exit 1", "pip's exit code is 1"), ("exec sleep 60", "pip was stopped after")],
+)
+def test_without_pip_everything_runs_in_the_checkout(pip, told, tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("bench", "kernels", "tests", "tools", "pyproject.toml"):
+        (tree / name).symlink_to(ROOT / name)
+    (tree / "bench").unlink()  # the script finds its checkout by its own place
+    shutil.copytree(ROOT / "bench", tree / "bench", ignore=shutil.ignore_patterns("results", "models", "__pycache__"))
+    (tree / "icon2_rt").mkdir()
+    for path in (ROOT / "icon2_rt").iterdir():
+        if path.name != "kernels":
+            (tree / "icon2_rt" / path.name).symlink_to(path)
+    python = tmp_path / "python"
+    code = textwrap.dedent(PYTHON).lstrip().format(pip=pip, log=tmp_path / "pip.txt", python=sys.executable)
+    python.write_text(code)
+    python.chmod(0o755)
+    command = ["bash", tree / "bench" / "gpu.sh", tmp_path / "out", "prepare", "--dry"]
+    env = os.environ | {"PYTHON": str(python), "OMP_NUM_THREADS": "1", "PREPARE_SECONDS": "9"}
+    for again in (False, True):
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("nothing is installed, it runs in the checkout" in done.stdout) is not again
+        assert done.stdout.count(told) == (0 if again else 3)
+    tried = (tmp_path / "pip.txt").read_text().splitlines()
+    assert tried == ["pip: CUDA= NATIVE=1", "pip: CUDA=0 NATIVE=", "pip: CUDA= NATIVE=0"]
+
+
 @pytest.mark.parametrize("arguments", [(), ("OUT", "sing"), ("OUT", "--wet")])
 def test_a_wrong_command_says_what_would_be_right(arguments, tmp_path):
     command = ["bash", ROOT / "bench" / "gpu.sh", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "bash bench/gpu.sh OUT [tests|micro|step|overhead|e2e|sanitize] [--dry]\n"
+    assert done.stderr == (
+        "bash bench/gpu.sh OUT [prepare|qualify|tests|micro|step|overhead|crossover|e2e|sanitize] [--dry]\n"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a CUDA GPU")

@@ -308,6 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_sizes": _roofline("sizes_table"),
     "step_times": _roofline("steps_table"),
     "step_targets": _roofline("targets_table"),
+    "run_shares": _roofline("runs_table"),
 }
 
 
