@@ -19,8 +19,8 @@ def micro(arguments: Sequence[str]) -> None:
 
 
 ONE = (
-    "backends", "pairs", "memory", "micro", "crossover", "step", "overhead", "sanitize", "targets", "proof", "training",
-    "seconds", "results",
+    "backends", "pairs", "memory", "micro", "crossover", "qualify", "step", "overhead", "sanitize", "targets", "proof",
+    "training", "seconds", "results",
 )  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def compared(sides: Sides, device: torch.device, rounds: int, seconds: float) ->
         end = time.monotonic() + seconds
         for turn in range(rounds):
             late = time.monotonic() - end
-            if late > 0 and (turn >= LEAST_ROUNDS or late > 5 * seconds):
+            if late > 0 and (turn >= LEAST_ROUNDS or (turn >= 3 and late > 5 * seconds)):
                 break
             for which in (0, 1) if turn % 2 else (1, 0):
                 times[which].append(median(timed(sides[which], device, n, warm_up=min(1, n - 1), clock=clock)))

@@ -187,6 +187,24 @@ def _targets(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _qualify(record: dict[str, Any]) -> str:
+    rows = []
+    for f in record["figures"]:
+        if not f.get("forms_tried"):
+            rows.append([f["model"], "", "", f["status"], f.get("reason", ""), ""])
+        for form in f.get("forms_tried", ()):
+            chosen = form["form"] in (f["forms"].get(form["op"]), f["prefill"])
+            error = "" if form["error"] is None else f"{form['error']:.1e}"
+            times = ", ".join(f"{micros:.1f} ({n})" for n, micros in form["microseconds"].items())
+            verdict = "used" if chosen else ""
+            rows.append([f["model"], form["op"], form["form"], form["wrong"] or "right", error, times, verdict])
+    heads = ["model", "op", "form", "verdict", "error", "µs (rows)", ""]
+    told = "; ".join(f"{f['model']}: {f['status']}, {f.get('reason', '')}" for f in record["figures"])
+    return f'What a device has proven, and so what `backend="auto"` uses there. {told}.\n\n' + _table(
+        heads, [[*row, *[""] * (len(heads) - len(row))] for row in rows]
+    )
+
+
 def _step(record: dict[str, Any]) -> str:
     rows = []
     for f in record["figures"]:
@@ -532,6 +550,7 @@ SECTIONS = (
     ("proof", "The method, where the truth is known", _proof),
     ("training", "Training on the pairs, and what they cost", _training),
     ("seconds", "What a pair takes", _seconds),
+    ("qualify", "What the kernels have proven on a device", _qualify),
     ("step", "A decode step", _step),
     ("overhead", "What steering, branches and sharing cost", _overhead),
     ("crossover", "Where sharing the prompt's KV pays", _crossover),

@@ -159,8 +159,9 @@ class Seats:
         return self._batches[off]
 
     def graphed(self, rows: int) -> bool:
-        """Are steps of so many rows replays? Not on a CPU, nor where no memory was left for their graph."""
-        return all(batch._graphs is not None and batch.capacity >= rows for batch in self._batches.values())
+        """Were steps of so many rows replays? Not on a CPU, nor where no memory was left for their graph or its capture
+        failed. Asked after they have run: a graph is captured when it is first needed."""
+        return all(batch._graphs is not None and batch._graphs.largest >= rows for batch in self._batches.values())
 
     def leave(self) -> None:
         for batch in self._batches.values():

@@ -74,6 +74,14 @@ def _speedup(contestant: str) -> Callable[[Record], Found]:
     return read
 
 
+def _qualified(record: Record) -> Found:
+    """The share of the tried forms of ops that are right on the device, by model; why none was tried."""
+    for f in record["figures"]:
+        tried = f.get("forms_tried", ())
+        right = sum(form["wrong"] is None for form in tried)
+        yield f["model"], right / len(tried) if tried else f"{f['status']}: {f.get('reason', '')}"
+
+
 def _sharing(what: str) -> Callable[[Record], Found]:
     """The cell where sharing does worst: the upper end of its interval, so that noise alone is no loss."""
 
@@ -126,6 +134,7 @@ def _overhead_targets() -> Iterator[Target]:
 
 
 TARGETS = (
+    Target("forms of kernels that are right here", "qualify", "at least", 1.0, "of", _qualified),
     *_overhead_targets(),
     Target("one 8B pair, of the copy's bandwidth", "step", "at least", 0.75, "of", _step_of_copy),
     Target("one 8B pair, of the copy's bandwidth (then)", "step", "at least", 0.85, "of", _step_of_copy),

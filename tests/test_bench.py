@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import overhead, results, step, targets
+from bench import crossover, overhead, results, room, step, targets
 from bench.check import compare, poisoned
-from bench.roofline import H200, Load
+from bench.roofline import BEST_SHARE, H100, H200, WORST_SHARE, Admission, Load
 from bench.seats import Seating, Seats, attention_items, make_engine, requests
 from bench.shapes import SHAPES, config, transformers_model
+from icon2_rt import ops
 from icon2_rt.models import family_of, read_spec, take_weights
 from tools.refresh_readme import ROOT
 
-STAGES = ("micro", "step", "overhead", "crossover", "e2e", "sanitize")
+STAGES = ("qualify", "micro", "step", "overhead", "crossover", "e2e", "sanitize")
 
 
 def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +59,7 @@ def test_what_is_left(dry):
     out, _ = dry
     names = sorted(path.name for path in out.iterdir())
     kinds = [name.split("-")[0] for name in names if name.endswith(".json")]
-    assert kinds == ["crossover", "micro", "overhead", "pairs", "step"]
+    assert kinds == ["crossover", "micro", "overhead", "pairs", "qualify", "step"]
     assert [name for name in names if not name.endswith(".json")] == [
         "log.txt",
         "sanitize.log",
@@ -88,6 +89,7 @@ def test_the_records_hold_what_a_figure_needs(dry):
     # What is stored is what RESULTS.md is made from.
     text = results.report(list(records.items()))
     for title in (
+        "What the kernels have proven on a device",
         "A decode step",
         "What steering, branches and sharing cost",
         "Where sharing the prompt's KV pays",
@@ -368,6 +370,117 @@ def test_the_table_of_targets():
     # A CPU's figures are not held to them.
     record["environment"] = {"gpu": None}
     assert all(line[-1] == "not measured" for line in targets.table([record]))
+
+
+@pytest.mark.parametrize("free", [79, 23, 10, 3])
+def test_a_smaller_card_measures_smaller_decoders_and_says_so(free):
+    asked = ["llama3-8b", "qwen2-7b"]
+    chosen, told = room.fitting(asked, room.step_needs, free * room.GIB)
+    assert chosen == {79: asked, 23: asked, 10: ["qwen2-1.5b", "llama3.2-1b"], 3: []}[free]
+    assert list(told) == [name for name in asked if name not in chosen]
+    assert all(room.step_needs(name) <= free * room.GIB for name in chosen)
+    for name, why in told.items():
+        assert f"needs {room.step_needs(name) / room.GIB:.1f} GiB, and {free:.1f} are free" in why
+    # Two copies of the weights and two caches: 44 GB at 8B's sizes.
+    assert 40 < room.pairs_needs("llama3-8b") / room.GIB < 48
+    assert room.fitting(["llama3-8b"], room.pairs_needs, free * room.GIB)[0] == {
+        79: ["llama3-8b"], 23: ["qwen2-1.5b"], 10: [], 3: []
+    }[free]  # fmt: skip
+
+
+def test_one_pair_on_an_h100_as_it_was_estimated_by_hand():
+    """15.0 GB at 92 and 82 % of 3.0 TB/s, 129 products behind a gap of 1.3 µs, 199 small kernels of 2.75 µs, 32 blocks
+    that wait 1 µs: 6.2 to 6.9 ms."""
+    load = Load(SHAPES["llama3-8b"], 1, 2, 2048, terms=1)
+    assert load.launch_seconds == pytest.approx(129 * 1.3e-6 + 199 * 2.75e-6)
+    best, worst = (load.milliseconds(H100, share) for share in (BEST_SHARE, WORST_SHARE))
+    assert 6.2 < best < load.milliseconds(H100) < worst < 6.95
+
+
+def test_what_joins_together_shares_a_pass():
+    load = Load(SHAPES["llama3-8b"], 32, 2, 64, generated=128, terms=1)
+    alone, four = Admission(load, 1), Admission(load, 4)
+    assert alone.pass_milliseconds(H100) == pytest.approx(7.3)  # the host's 7 ms and the copies of a join
+    assert four.pass_milliseconds(H100) == pytest.approx(7.3)
+    assert four.share(H100, 256) < 0.35 * alone.share(H100, 256)
+    long = replace(load, prompt=2048)  # 2 · 7.5e9 · 2048 products at three quarters of 790 TFLOPS
+    assert Admission(long, 1).pass_milliseconds(H100) == pytest.approx(52, rel=0.01)
+
+
+# --- sharing beside not sharing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [64, 300])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_rows_that_read_alone_get_what_rows_that_read_together_get(backend, prefix):
+    cpu = torch.device("cpu")
+    if (why := ops.available(cpu)[backend]) is not None:
+        pytest.skip(why)
+    cell = crossover.Cell("attention", "dry", backend, prefix, 5)
+    together, alone = crossover.attention_sides(cell, cpu)
+    for _ in range(3):
+        torch.testing.assert_close(together(), alone())
+
+
+def test_items_apart_are_one_rows_each():
+    items, *_ = attention_items(SHAPES["dry"], 2, 5, 300, 21, 16, 4, torch.device("cpu"))
+    split = crossover.apart(items)
+    assert (split.rows >= 0).sum(dim=1).tolist() == [1] * int(split.count)
+
+    def read(items):
+        """(row, split, pages, length) of everything that is read."""
+        return sorted(
+            (row, split, tuple(pages), length)
+            for rows, split, pages, length in zip(
+                items.rows.tolist(), items.splits.tolist(), items.pages.tolist(), items.lengths.tolist(), strict=True
+            )
+            for row in rows
+            if row >= 0
+        )
+
+    assert read(split) == read(items)
+    assert int(split.count) == len(read(items)) > int(items.count)
+
+
+def test_a_step_of_a_cell_begins_where_it_began():
+    engine = make_engine("dry", torch.device("cpu"), 4, kv_memory="8MiB", exact=True)
+    seats = Seats(engine)
+    batch = seats.take(Seating("dry", 1, 3, prompt=300), budget=crossover.STEPS + 2)
+    batch._lay_out()
+    assert batch._inputs is not None
+    state = batch._inputs.state
+    positions, found = state.positions.tolist(), []
+    for side in crossover.step_sides(engine, batch._inputs):
+        for _ in range(3):
+            side()
+            assert state.positions.tolist() == [position + 1 for position in positions]
+            found.append(state.tokens.tolist())
+    assert found == [found[0]] * 6
+    seats.leave()
+
+
+def test_the_interval_of_a_median():
+    assert crossover.interval([1.0, 2.0, 3.0]) == (1.0, 3.0)
+    # 25 values: P(at most 5 of them below the median) = 0.2 %, at most 6 = 0.7 %.
+    assert crossover.interval([float(n) for n in range(25)]) == (5.0, 19.0)
+
+
+def test_sharing_is_held_to_its_worst_cell():
+    def cell(branches: int, high: float, prefix: int = 256) -> dict[str, Any]:
+        ratio = {"median": high - 0.1, "low": high - 0.2, "high": high}
+        return {"what": "step", "model": "m", "backend": "b", "prefix": prefix, "branches": branches, "ratio": ratio,
+                "status": "measured"}  # fmt: skip
+
+    record = {
+        "benchmark": "crossover",
+        "settings": {"split": 128},
+        "environment": {"gpu": {"name": "a GPU"}},
+        "figures": [cell(2, 1.2), cell(4, 0.97), cell(8, 0.5, prefix=64)],  # the last has nothing to share
+    }
+    lines = {line[0]: line for line in targets.table([record])}
+    found = lines["reading a prompt together over alone, a step"]
+    assert found[1] == "m, b, 4 branches over 256 tokens, the worst of 2"
+    assert found[3:] == ("0.97×", "missed by 0.03×")
 
 
 def test_rows_that_have_no_seats_are_refused():
