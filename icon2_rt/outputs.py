@@ -21,7 +21,7 @@ class Completion:
     the row alone (None when decoding was greedy).
 
     ``message`` is the content of the assistant's message that answers a chat, where that is not ``text``: it begins
-    with what the chat's last message had begun, and leaves out a first space that the chat template brings itself.
+    with what the chat's last message had begun, and leaves out a first space that the chat template would double.
     """
 
     text: str | None
@@ -43,12 +43,14 @@ class BranchedOutput:
 
 @dataclass(frozen=True)
 class PairedOutput:
-    """The positive and the negative branch of one prompt; ``index`` is the prompt's place in the call."""
+    """The positive and the negative branch of one prompt; ``index`` is the prompt's place in the call, and
+    ``chat_template_kwargs`` are the variables that the call gave the chat template."""
 
     index: int
     prompt: Prompt
     positive: Completion
     negative: Completion
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def to_preference(self) -> dict[str, Any]:
         """TRL's preference record ``{prompt, chosen, rejected}``: messages if the prompt was a chat, else strings.
@@ -71,7 +73,9 @@ class PairedOutput:
             content = completion.message if completion.message is not None else begun + (completion.text or "")
             return [{"role": "assistant", "content": content}]
 
-        return {"prompt": messages, "chosen": answer(self.positive), "rejected": answer(self.negative)}
+        # TRL's trainers read the variables from each record.
+        variables = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
+        return {"prompt": messages, "chosen": answer(self.positive), "rejected": answer(self.negative), **variables}
 
 
 @dataclass(frozen=True)

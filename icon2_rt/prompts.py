@@ -108,18 +108,8 @@ class Encoder:
         return str(self._need_tokenizer("text").decode(list(ids), skip_special_tokens=True))
 
     def decode_behind(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of ``ids`` where they follow ``prompt_ids``: the decoding of all of them less the prompt's own.
-
-        Decoded alone, a response loses its first space with tokenizers that keep it in their first token.
-        """
-        length = _CONTEXT
-        before = self.decode(prompt_ids[-length:])
-        while not before and length < len(prompt_ids):  # special tokens have no text
-            length *= 2
-            before = self.decode(prompt_ids[-length:])
-        whole = self.decode([*prompt_ids[-length:], *ids])
-        # A prompt that ends inside a character has another text without the response.
-        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+        """:func:`decode_behind` with this tokenizer."""
+        return decode_behind(self._need_tokenizer("text"), prompt_ids, ids)
 
     def message(
         self,
@@ -130,29 +120,24 @@ class Encoder:
     ) -> str:
         """The content of the assistant's message that a response to ``chat`` makes.
 
-        It begins with what a last message of the assistant had begun. The first space is part of it only if the
-        template would not bring that space itself: where there is a choice, the tokens decide.
+        It begins with what a last message of the assistant had begun. Where the template brings a space of its own, or
+        trims one, the content is the one that it renders as the text that was written.
         """
         text = self.decode_behind(prompt_ids, ids)
-        texts = [text[1:], text] if text.startswith(" ") and self.decode(ids) == text[1:] else [text]
+        texts = [text, text[1:]] if text.startswith(" ") and self.decode(ids) == text[1:] else [text]
         begun, before = "", [dict(message) for message in chat]
         if before and before[-1].get("role") == "assistant":
-            begun = before.pop()["content"]
-            texts = [text]
-        contents = list(dict.fromkeys(b + t for b in (begun, begun.rstrip()) for t in texts))
-        if len(contents) > 1:
-            special = set(self._need_tokenizer("a chat").all_special_ids)
-            written = [*prompt_ids, *ids]
-            while len(written) > len(prompt_ids) and written[-1] in special:
-                written.pop()
-            for content in contents:
-                answered = [*before, {"role": "assistant", "content": content}]
-                try:
-                    rendered = (template or self.template).encode(answered, generation_prompt=False)
-                except ValueError:
-                    continue
-                if rendered[: len(written)] == written:
-                    return content
+            begun, texts = before.pop()["content"], [text]
+        contents = list(dict.fromkeys(start + end for start in (begun, begun.rstrip()) for end in texts))
+        for content in contents if len(contents) > 1 else ():
+            answered = [*before, {"role": "assistant", "content": content}]
+            try:
+                rendered = (template or self.template).encode(answered, generation_prompt=False)
+            except ValueError:
+                continue
+            follows = rendered[: len(prompt_ids)] == list(prompt_ids)
+            if follows and self.decode_behind(prompt_ids, rendered[len(prompt_ids) :]).startswith(text):
+                return content
         return contents[0]
 
     def _text(self, text: str) -> list[int]:
@@ -190,6 +175,25 @@ class Encoder:
 def named(error: Exception, where: str) -> Exception:
     """The same error with its place in front."""
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
+
+
+def decode_behind(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of ``ids`` where they follow ``prompt_ids``: the decoding of all of them less the prompt's own.
+
+    Decoded alone, a response loses its first space with tokenizers that keep it in their first token.
+    """
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    length = _CONTEXT
+    before = decode(prompt_ids[-length:])
+    while not before and length < len(prompt_ids):  # special tokens have no text
+        length *= 2
+        before = decode(prompt_ids[-length:])
+    whole = decode([*prompt_ids[-length:], *ids])
+    # A prompt that ends inside a character has another text without the response.
+    return whole[len(before) :] if whole.startswith(before) else decode(ids)
 
 
 def check_text(text: str) -> None:

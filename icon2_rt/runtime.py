@@ -328,7 +328,9 @@ class Runtime:
         Arguments are checked at the call, not at the first pair.
         """
         outputs = self._stream(prompts, {"positive": positive, "negative": negative}, **options)
-        return Stream(self._turns, (PairedOutput(o.index, o.prompt, *o.branches) for o in outputs))
+        variables = options.get("chat_template_kwargs")
+        pairs = (PairedOutput(o.index, o.prompt, o.branches[0], o.branches[1], variables) for o in outputs)
+        return Stream(self._turns, pairs)
 
     def _stream(
         self,

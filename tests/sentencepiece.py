@@ -15,6 +15,8 @@ INST_TEMPLATE = (
 )
 # As Mistral 7B v0.1 does: what the model wrote stands right behind the mark.
 BARE_TEMPLATE = INST_TEMPLATE.replace("' ' ~ (m.content | trim) ~ ' ' ~", "m.content ~")
+# As later ones do: a space of the template's, and whatever the message begins with.
+UNTRIMMED = INST_TEMPLATE.replace("(m.content | trim)", "m.content")
 
 
 def space_tokenizer(kind: str, chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ import torch
 
 from icon2_rt import Direction, Runtime
 from tests.models import CHAT_TEMPLATE, random_vectors, tiny_llama, tiny_tokenizer
-from tests.sentencepiece import BARE_TEMPLATE, INST_TEMPLATE, space_tokenizer
+from tests.sentencepiece import BARE_TEMPLATE, INST_TEMPLATE, UNTRIMMED, space_tokenizer
 
 USER = {"role": "user", "content": "the thing"}
 BEGUN = [USER, {"role": "assistant", "content": "the other"}]
@@ -106,6 +106,7 @@ def test_variables_of_the_template_reach_it_wherever_a_chat_is_rendered() -> Non
     [branched] = rt.generate_branches([[USER]], [PUSH], chat_template_kwargs=variables, **options)
     [pair] = rt.generate_pairs([[USER]], positive=PUSH, negative=None, chat_template_kwargs=variables, **options)
     assert branched.branches[0].token_ids == pair.positive.token_ids == expected.token_ids
+    assert pair.to_preference()["chat_template_kwargs"] == variables  # where TRL's trainers look for them
     assert torch.equal(rt.hidden_states([[USER]], chat_template_kwargs=variables), rt.hidden_states([ids]))
     directions = [Direction("a", random_vectors(4, 48, seed=0))]
     assert torch.equal(rt.project([[USER]], directions, chat_template_kwargs=variables), rt.project([ids], directions))
@@ -198,7 +199,9 @@ def test_a_scored_text_is_read_as_it_was_written(spaced: Runtime) -> None:
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "legacy"])
-@pytest.mark.parametrize(("template", "content"), [(INST_TEMPLATE, "the x"), (BARE_TEMPLATE, " the x")])
+@pytest.mark.parametrize(
+    ("template", "content"), [(INST_TEMPLATE, " the x"), (BARE_TEMPLATE, " the x"), (UNTRIMMED, "the x")]
+)
 def test_a_message_holds_what_the_template_turns_into_the_tokens_written(
     kind: str, template: str, content: str
 ) -> None:

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from icon2_rt import Direction, DirectionSet
+from icon2_rt.chat_template import ChatTemplate
 from icon2_rt.pipeline import export
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.runner import RunResult, finished_run, run
@@ -95,10 +96,10 @@ def _adds_in_front(tokens: str) -> PreTrainedTokenizerFast:
 
 def test_a_plain_prompt_has_the_chat_s_tokens_or_none() -> None:
     chat = [{"role": "user", "content": "Why?"}]
-    assert export.plain_prompt(tiny_tokenizer(), chat) == "<|bos|><|user|>Why?<|end|><|assistant|>"
-    assert export.plain_prompt(_adds_in_front("<|bos|>"), chat) == "<|user|>Why?<|end|><|assistant|>"
+    assert export.plain_prompt(ChatTemplate(tiny_tokenizer()), chat) == "<|bos|><|user|>Why?<|end|><|assistant|>"
+    assert export.plain_prompt(ChatTemplate(_adds_in_front("<|bos|>")), chat) == "<|user|>Why?<|end|><|assistant|>"
     with pytest.raises(ValueError, match="export the conversational style"):
-        export.plain_prompt(_adds_in_front("<|end|>"), chat)
+        export.plain_prompt(ChatTemplate(_adds_in_front("<|end|>")), chat)
 
 
 @pytest.mark.parametrize("style", ["conversational", "plain"])

@@ -225,6 +225,7 @@ GOOD: dict[str, Any] = {
         "same_draws": False,
         **{side: {"cut_off": 0.0, "empty": 0.0, "repetition": 0.0} for side in ("chosen", "rejected")},
     },
+    "rendering": {"responses": 100, "as_written": 1.0, "reasons": {}},
     "separability": {"accuracy": 0.6, "separated_after": None},
     "effect": {
         "pairs": 50,
@@ -250,6 +251,11 @@ BAD = {
     "empty": ("pairs.chosen.empty", 0.1, "chosen"),
     "repetition": ("pairs.rejected.repetition", 0.5, "rejected"),
     "separable": ("separability", {"accuracy": 0.99, "separated_after": 64}, "97% after 64 pairs"),
+    "rendered": (
+        "rendering",
+        {"responses": 100, "as_written": 0.9, "reasons": {"text changed": 8, "refused by the template": 2}},
+        "8 text changed, 2 refused by the template",
+    ),
     "longer": ("pairs.chosen_longer", 0.02, "rejected"),
     "fluency": ("effect.loss.rejected", 2.0, "rejected"),
     "agreement": ("effect.agreement.chosen_higher", 0.4, "50 pairs looked at"),

@@ -16,14 +16,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from icon2_rt import Completion, Runtime, tiny
+from icon2_rt.pipeline import rendering
 from icon2_rt.pipeline.answers import answer
 from icon2_rt.pipeline.config import InstructionsConfig, RunConfig
+from icon2_rt.pipeline.export import of_run, plain_prompt, plain_response
 from icon2_rt.pipeline.instructions import clean, synthesise
 from icon2_rt.pipeline.loading import end_tokens
 from icon2_rt.pipeline.runner import run
 from icon2_rt.pipeline.templates import chat_frame
+from icon2_rt.prompts import Encoder
 from tests.models import tiny_tokenizer
-from tests.sentencepiece import INST_TEMPLATE, space_tokenizer
+from tests.sentencepiece import BARE_TEMPLATE, INST_TEMPLATE, UNTRIMMED, space_tokenizer
 
 KV = {"kv_memory": "64MiB"}  # else it is what is free, and a run is continued only with as much
 ANYWHERE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -299,7 +302,13 @@ def chat_frame_template(tokenizer: Any) -> Any:
 
 
 def test_a_configs_template_table_sets_variables_everywhere(model: Path, tmp_path: Path) -> None:
-    set_template(model, lambda t: t.replace("'<|assistant|>'", "'<|assistant|>' + ('' if think else 'Well, ')"))
+    opened = "'<|assistant|>' + ('' if think else 'Well, ')"
+    set_template(
+        model,
+        lambda t: t.replace("'<|assistant|>'", opened).replace(
+            "message['content']", "('' if think or message['role'] != 'assistant' else 'Well, ') + message['content']"
+        ),
+    )
     config = RunConfig.from_dict({"model": str(model), "template": {"think": False}, **SMALL})
     assert config.to_dict()["template"] == {"think": False}
     rt = Runtime.from_pretrained(model, **KV)
@@ -312,6 +321,12 @@ def test_a_configs_template_table_sets_variables_everywhere(model: Path, tmp_pat
         text = tokenizer.apply_chat_template(record["prompt"], tokenize=False, add_generation_prompt=True, think=False)
         assert text.endswith("<|assistant|>Well, ")
         assert tuple(tokenizer.encode(text, add_special_tokens=False)) in seen
+    trl = pytest.importorskip("trl.data_utils")
+    for row in [*result.records(), *of_run(result, "dpo")]:
+        trained = trl.apply_chat_template(row, tokenizer)
+        assert trained["prompt"].endswith("<|assistant|>Well, ")
+    for row in of_run(result, "kto", "plain"):
+        assert row["prompt"].endswith("<|assistant|>Well, ") and "chat_template_kwargs" not in row
     assert any("{'think': False}" in note for note in result.manifest["notes"])
     assert rt.template.variables == {}  # the caller's runtime is as it was
     with pytest.raises(ValueError, match=r"template\.think: False there, True now"):
@@ -341,3 +356,74 @@ def test_the_template_table_holds_plain_values(tmp_path: Path) -> None:
     file.write_text('model = "tiny"\ntemplate = 3\n')
     with pytest.raises(ValueError, match=r"template: must be a table like \[template\], not 3"):
         RunConfig.load(file)
+
+
+# --- templates that render a response otherwise than it was written ---------------------------------------------------
+
+PLAIN = tiny_tokenizer().chat_template
+THOUGHT = PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+    "<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"
+)  # as DeepSeek's distillations do
+OPEN = PLAIN.replace("<|end|>{% endfor %}", "{{ '' if m.role == 'assistant' else '<|end|>' }}{% endfor %}")
+REFUSING = PLAIN + "{% if messages|length > 1 and '!' in messages[1].content %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        (PLAIN, "the x.", None),
+        (PLAIN, "  the x.\n", None),
+        (THOUGHT, "so</think>the x.", "does not follow the prompt"),
+        (THOUGHT.replace("<think>", ""), "so</think>the x.", "text changed"),
+        (THOUGHT.replace("<think>", ""), "the x.", None),
+        (PLAIN.replace("m['content']", "m['content'] | trim"), "the x.\n", "text changed"),
+        (PLAIN.replace("m['content']", "m['content'] | trim"), "the x.", None),
+        (OPEN, "the x.", "end of the response missing"),
+        (REFUSING, "the x!", "refused by the template"),
+    ],
+)
+def test_a_response_that_a_trainer_would_read_otherwise(template: str, content: str, expected: str | None) -> None:
+    trl = pytest.importorskip("trl.data_utils")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    frame = chat_frame(tokenizer, (1,))
+    response = [{"role": "assistant", "content": content}]
+    assert rendering.difference(frame, CHAT, response, "eos") == expected
+    record = {"prompt": CHAT, "chosen": response, "rejected": [{"role": "assistant", "content": "the x."}]}
+    try:
+        read = trl.apply_chat_template(record, tokenizer)
+    except Exception:
+        assert expected == "refused by the template"
+        return
+    written = frame.rendered.replace("Quibble7", CHAT[0]["content"]) + content + "<|end|>"
+    assert (read["prompt"] + read["chosen"] == written) == (expected is None)
+
+
+def test_a_run_says_when_its_template_changes_responses(model: Path, tmp_path: Path) -> None:
+    set_template(model, lambda t: t.replace("message['content']", "message['content'].split('.')[0]"))
+    result = run(RunConfig.from_dict({"model": str(model), **SMALL}), tmp_path / "run")
+    [check] = [check for check in result.report["checks"] if check["key"] == "rendered"]
+    changed = sum("." in record[side][0]["content"] for record in result.records() for side in ("chosen", "rejected"))
+    assert changed and result.report["rendering"]["reasons"] == {"text changed": changed}
+    assert check["status"] == "red" and "icon2 export --style plain" in check["todo"]
+    assert any("Rendered as written" in warning for warning in result.report["warnings"])
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "legacy"])
+@pytest.mark.parametrize("template", [INST_TEMPLATE, BARE_TEMPLATE, UNTRIMMED, PLAIN])
+@pytest.mark.parametrize("written", [("▁the", "▁", "x"), ("t", "h"), ("▁", "x")])
+def test_plain_prompt_and_response_give_the_tokens_that_were_written(
+    kind: str, template: str, written: tuple[str, ...]
+) -> None:
+    tokenizer = space_tokenizer(kind, template)
+    frame = chat_frame(tokenizer, (1,))
+    ids = tokenizer.convert_tokens_to_ids(list(written))
+    prompt_ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    encoder = Encoder(tokenizer, 128, 512)
+    response = [{"role": "assistant", "content": encoder.message(CHAT, prompt_ids, ids)}]
+    prompt = plain_prompt(frame.template, CHAT)
+    text = prompt + plain_response(frame.template, CHAT, response)
+    found = tokenizer(text)["input_ids"]
+    if written[0] == "t" and (template == UNTRIMMED or (template, kind) == (PLAIN, "legacy")):
+        return  # no message, or no text, gives these tokens: the template or the tokenizer puts a space before them
+    assert found == [*prompt_ids, *ids]

@@ -261,7 +261,10 @@ def _settings() -> str:
                 yield from rows(section, f"{prefix}{field.name}.")
             elif field.name != "criteria":
                 missing = field.default is dataclasses.MISSING
-                default = "required" if missing else "–" if field.default is None else f"`{_toml(field.default)}`"
+                if missing and field.default_factory is not dataclasses.MISSING:
+                    default = "–"
+                else:
+                    default = "required" if missing else "–" if field.default is None else f"`{_toml(field.default)}`"
                 yield [f"`{prefix}{field.name}`", default]
 
     return _table(["key", "default"], list(rows(config.RunConfig, "")))

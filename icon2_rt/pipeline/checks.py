@@ -206,6 +206,14 @@ RULES: dict[str, Rule] = {
         unsteered="Read the examples for what always differs (an opening, a disclaimer, length): it is what the judge "
         "or the recipe goes by.",
     ),
+    "rendered": Rule(
+        "Pairs", "Rendered as written", 1.0, 0.95,
+        "Whether the chat template, by which a trainer renders prompt and response, shows a response as it was written "
+        "by the model. Some templates cut out thoughts (all that stands before `</think>`), trim white space, or leave "
+        "the turn open.",
+        "Train on `icon2 export --style plain`, which holds the text as it was written; or train with a chat template "
+        "that keeps responses whole, or set its variables in [template] if it has one for that.",
+    ),
     "longer": Rule(
         "Pairs", "Same side longer", 0.75, 0.9,
         "The length figure again, pair by pair: how often the same side is the longer one.",
@@ -267,6 +275,12 @@ def examine(report: Mapping[str, Any]) -> list[Check]:
             add("dose", max(doses[side]), side)
     if report["pairs"]["pairs"]:
         _pairs(report["pairs"], add)
+    if rendering := report.get("rendering"):
+        add(
+            "rendered",
+            rendering["as_written"],
+            ", ".join(f"{n} {reason}" for reason, n in rendering["reasons"].items()),
+        )
     if separability := report.get("separability"):
         after = separability["separated_after"]
         add("separable", separability["accuracy"], f"{SEPARATED:.0%} after {after} pairs" if after else "")

@@ -61,6 +61,7 @@ def pairs(
                 job.config.seed,
                 judge,
             )
+            records = dataset.rendered_with(records, job.frame.template.variables)
             files = {path: dataset.to_parquet(records)} if records else {}
             facts: dict[str, Any] = {"pairs": len(records), "dropped": dict(sorted(dropped.items()))}
             if isinstance(judge, RewardModel):

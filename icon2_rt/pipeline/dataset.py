@@ -1,7 +1,8 @@
 """The dataset's records: what TRL's DPOTrainer reads, and the columns that say where each pair came from.
 
 ``prompt``, ``chosen`` and ``rejected`` are lists of chat messages. No column has a name that TRL gives a meaning of its
-own (``…_ids``, ``ref_…_logps``, ``images``, ``tools``): extra columns must be harmless.
+own (``…_ids``, ``ref_…_logps``, ``images``, ``tools``): extra columns must be harmless. One is meant to be read by TRL:
+``chat_template_kwargs``, where a run sets variables of the chat template.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PER_TOKEN = {
     "token_logprobs": "log-probability of every token under the unsteered model",
     "token_entropies": "entropy of the unsteered model's distribution at every token",
 }
+# TRL's own name for it: a column that means this to its trainers.
+TEMPLATE_VARIABLES = "chat_template_kwargs"
 REWARD = {"reward": "what the judge gave it"}
 COLUMNS = {
     "prompt": "the instruction as a one-message chat",
@@ -52,6 +55,7 @@ OPTIONAL = {
     **{f"responses_{name}": f"of each: {text}" for name, text in (PER_RESPONSE | PER_TOKEN).items()},
     "shared_tokens": "how many tokens all responses begin with: written unsteered, before they part",
     "shared_seed": "row seed of that beginning",
+    TEMPLATE_VARIABLES: "the chat template's variables that the run set; TRL's trainers render the chats with them",
 }
 
 
@@ -97,10 +101,20 @@ def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(list(records), schema=schema(columns_of(records[0]) if records else COLUMNS))
+    names = columns_of(records[0]) if records else COLUMNS
+    types = schema(name for name in names if name != TEMPLATE_VARIABLES)
+    if TEMPLATE_VARIABLES in names:  # whatever the template takes
+        types = types.append(pa.field(TEMPLATE_VARIABLES, pa.infer_type([records[0][TEMPLATE_VARIABLES]])))
+    table = pa.Table.from_pylist(list(records), schema=types)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def rendered_with(records: Iterable[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Records that tell a trainer which variables the chat template is to have."""
+    told = {TEMPLATE_VARIABLES: dict(variables)} if variables else {}
+    return [{**record, **told} for record in records]
 
 
 def from_parquet(data: bytes) -> list[dict[str, Any]]:

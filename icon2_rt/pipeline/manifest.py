@@ -104,7 +104,7 @@ def compose(
     if config.template:
         notes.append(
             f"the chat template's variables were set to {dict(config.template)}; a trainer must render the chats with "
-            f"the same (chat_template_kwargs)"
+            f"the same, as TRL's do by the column chat_template_kwargs"
         )
     criteria = config.resolved_criteria()
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from icon2_rt.pipeline import checks, dataset, health, separability
+from icon2_rt.pipeline import checks, dataset, health, rendering, separability
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.effect import token_ids
 from icon2_rt.pipeline.folder import Artifact
@@ -57,7 +57,9 @@ def pair_sections(job: Job, shards: Sequence[Artifact]) -> dict[str, Any]:
     """
     probed = set(health.spaced(sum(shard.facts["pairs"] for shard in shards), separability.PAIRS))
     figures: list[dict[str, Any]] = []
+    rendered = set(health.spaced(sum(shard.facts["pairs"] for shard in shards), rendering.SAMPLE))
     texts: list[tuple[str, str]] = []
+    sample: list[dict[str, Any]] = []
     columns: list[str] = []
     shown: dict[str | None, list[dict[str, Any]]] = {}
     for shard in shards:
@@ -65,6 +67,8 @@ def pair_sections(job: Job, shards: Sequence[Artifact]) -> dict[str, Any]:
             for record in dataset.from_parquet(job.folder.read(path)):
                 if len(figures) in probed:
                     texts.append((record["chosen"][0]["content"], record["rejected"][0]["content"]))
+                if len(figures) in rendered:
+                    sample.append(record)
                 figures.append(health.without_text(record))
                 columns = columns or list(dataset.columns_of(record))
                 examples = shown.setdefault(record["criterion"], [])
@@ -73,6 +77,7 @@ def pair_sections(job: Job, shards: Sequence[Artifact]) -> dict[str, Any]:
     return {
         "columns": columns,
         "pairs": {**health.pair_health(figures), "same_draws": job.config.pairs.same_draws},
+        **({"rendering": rendering.examine(job.frame, sample)} if sample else {}),
         "separability": separability.probe(texts, token_ids(job.rt)),
         "examples": _by_turns(list(shown.values())),
     }

@@ -406,6 +406,7 @@ def pairs(
                 job.config.seed,
                 lambda n, base=base: job.watch("pairs", base + n, len(kept)),  # type: ignore[misc]
             )
+            records = dataset.rendered_with(records, job.frame.template.variables)
             facts = {"pairs": len(records)}
             artifact = job.write(name, {path: dataset.to_parquet(records)}, inputs=inputs, facts=facts)
             job.folder.log("shard", name=name)
