@@ -1,0 +1,68 @@
+"""Repeating calls on a device without the host's part in it: CUDA graphs where there are any, else plain calls."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """``call`` as a CUDA graph, and what it returned while it was captured, which every replay writes anew. It runs
+    once before. On a CPU: a function that calls it and copies its results there.
+
+    Raises:
+        RuntimeError: it cannot be captured. The current stream is what it was.
+    """
+    if device.type != "cuda":
+        return _repeated(call)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()
+        torch.cuda.synchronize(device)
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            result = call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay, result
+
+
+def _repeated(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    from icon2_rt.trial.check import tensors
+
+    result = call()
+
+    def replay() -> None:
+        for (_, kept), (_, now) in zip(tensors(result), tensors(call()), strict=True):
+            if kept.data_ptr() != now.data_ptr():
+                kept.copy_(now)
+
+    return replay, result
+
+
+def microseconds(call: Callable[[], Any], device: torch.device, n: int, warm_up: int = 2) -> float:
+    """The median time of ``call``, by events on a GPU and by the clock on a CPU."""
+    for _ in range(warm_up):
+        call()
+    if device.type != "cuda":
+        took = []
+        for _ in range(n):
+            begin = time.perf_counter()
+            call()
+            took.append(1e6 * (time.perf_counter() - begin))
+        return median(took)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize(device)
+    return 1e3 * median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
