@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -11,12 +10,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -141,15 +137,13 @@ class Runtime:
                 ``from_pretrained`` (``dtype=``, ``revision=`` …). The default dtype is the checkpoint's.
 
         Raises:
-            ValueError: an unsupported architecture; the message lists the supported ones. OSError: not found.
+            ValueError: an unsupported architecture (the message lists the supported ones), an adapter, a GGUF file,
+                quantised weights, weights that are missing or that the model has no place for. OSError: not found.
         """
         own = {k: kwargs.pop(k) for k in list(kwargs) if k in _RUNTIME_OPTIONS}
-        shared = {
-            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
-        }
-        config = AutoConfig.from_pretrained(path, **shared)
-        for architecture in config.architectures or [type(config).__name__]:
-            models.find_family(architecture)  # before gigabytes are read, as all that follows
+        shared = {k: kwargs[k] for k in models.WHICH_FILES if k in kwargs}
+        # Before gigabytes are read, as all that follows.
+        models.find_family(models.architecture_of(models.read_config(path, **kwargs)))
         EngineOptions(**{k: v for k, v in own.items() if k != "keep_model" and v is not None})
         select(backend, _device(device))
         if tokenizer is None:
@@ -160,13 +154,7 @@ class Runtime:
                     f"no tokenizer could be loaded from {str(path)!r}: pass tokenizer=..., or load the model with "
                     f"transformers and use Runtime(model), whose prompts are token ids. ({error})"
                 ) from error
-        try:
-            with _LOADING:
-                model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"a file of weights of {str(path)!r} is damaged or was not copied whole ({error}): get it again"
-            ) from error
+        model = models.load_model(path, **kwargs)
         return cls(model, tokenizer, device=device, backend=backend, **own)
 
     # ---------------------------------------------------------------- facts
@@ -521,6 +509,14 @@ class Runtime:
         """Warn, once per direction, if it was made on another model."""
         if direction.model is not None and direction.model != self.fingerprint and direction.name not in self._warned:
             self._warned.add(direction.name)
+            if not models.comparable(direction.model):
+                warnings.warn(
+                    f"direction {direction.name!r} carries a fingerprint of an older kind ({direction.model}, model "
+                    f"{direction.model_name or 'not named'}), which did not look at all weights: whether it was made "
+                    f"on this model ({self.name}) cannot be told",
+                    stacklevel=2,
+                )
+                return
             warnings.warn(
                 f"direction {direction.name!r} was made on another model ({direction.model_name or direction.model}, "
                 f"fingerprint {direction.model}); this one is {self.name} ({self.fingerprint}). "
@@ -801,9 +797,6 @@ class Prefix:
             whole.append(ids)
         return whole
 
-
-# transformers sets variables of the process while it loads (the default dtype, torch.nn.init): one thread at a time.
-_LOADING = threading.Lock()
 
 _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from icon2_rt.models.checkpoint import WHICH_FILES, architecture_of, load_model, read_config
 from icon2_rt.models.decoder import (
     DecoderSpec,
     DecoderWeights,
     Family,
     LayerWeights,
+    comparable,
     fingerprint,
     read_spec,
     take_weights,
@@ -38,19 +40,27 @@ def find_family(architecture: str) -> Family:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family of a loaded model, by its exact class: a subclass may compute something else."""
-    return find_family(type(model).__name__)
+    """The family of a loaded model, by its exact class: a subclass, or a stranger of the same name, may compute
+    something else."""
+    kind = type(model)
+    transformers_own = kind.__module__.partition(".")[0] == "transformers"
+    return find_family(kind.__name__ if transformers_own else f"{kind.__module__}.{kind.__name__}")
 
 
 __all__ = [
     "FAMILIES",
+    "WHICH_FILES",
     "DecoderSpec",
     "DecoderWeights",
     "Family",
     "LayerWeights",
+    "architecture_of",
+    "comparable",
     "family_of",
     "find_family",
     "fingerprint",
+    "load_model",
+    "read_config",
     "read_spec",
     "supported",
     "take_weights",

@@ -7,14 +7,20 @@ family is a small declarative file beside this one and the code that runs them i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from icon2_rt.models.checkpoint import quantisation_method
+
+# What a fingerprint hashes, and how many numbers of a tensor.
+_FORM, _SAMPLED = "w2", 4096
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rotary types whose frequencies do not depend on the length of the request, so that one table serves every row.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -103,11 +109,7 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
             "this model is empty: a Runtime has taken its weights over. Use that runtime, load the model again, or "
             "make the first one with keep_model=True"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantised checkpoints are not supported (steering acts on the full-precision residual stream); "
-            "load the original weights with dtype=float32, bfloat16 or float16"
-        )
+    _check_not_quantised(model)
     required = {"hidden_act": "silu", **(family.must_be or {})}
     wrong = {k: getattr(config, k) for k, v in required.items() if hasattr(config, k) and getattr(config, k) != v}
     if wrong:
@@ -124,7 +126,7 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
             raise ValueError(
                 f"weight {name} is on the meta device: load the model without offloading (device_map=None)"
             )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor.dtype not in _DTYPES:
             raise ValueError(f"weight {name} is {tensor.dtype}; supported are float32, bfloat16 and float16")
     dtypes = sorted({str(tensor.dtype)[6:] for tensor in model.parameters()})
     if len(dtypes) > 1:
@@ -140,13 +142,46 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
         n_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         intermediate_size=config.intermediate_size,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=_head(model).shape[0],
         max_position=config.max_position_embeddings,
         sliding_window=family.sliding_window(config),
         rms_norm_eps=config.rms_norm_eps,
         rope_scaling=float(decoder_of(model).rotary_emb.attention_scaling),
-        tied_embeddings=bool(config.tie_word_embeddings),
+        tied_embeddings=_tied(model),
     )
+
+
+def _head(model: PreTrainedModel) -> nn.Parameter:
+    return cast(nn.Parameter, model.get_output_embeddings().weight)
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    """Is the head the embedding? The tensors decide, as in transformers: a trained head, or a merge, may differ from it
+    under a config that says they are tied."""
+    embedding, head = decoder_of(model).embed_tokens.weight, _head(model)
+    if embedding.shape != head.shape:
+        return False
+    return embedding.data_ptr() == head.data_ptr() or (
+        bool(model.config.tie_word_embeddings) and torch.equal(embedding, head.to(embedding.device))
+    )
+
+
+def _check_not_quantised(model: PreTrainedModel) -> None:
+    """What the modules are decides: a model that was de-quantised keeps the config of its quantisation."""
+    quantization_config = getattr(model.config, "quantization_config", None)
+    if quantization_config is None:
+        return
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        linear = name.endswith("_proj") or name == "lm_head"
+        plain = isinstance(weight, nn.Parameter) and weight.dtype in _DTYPES and type(module) is nn.Linear
+        if linear and not plain:
+            raise ValueError(
+                f"this model is quantised ({quantisation_method(quantization_config)}: {name} is a "
+                f"{type(module).__name__}), and quantised weights are not supported: steering acts on the "
+                f"full-precision residual stream. Load the original weights with dtype=float32, bfloat16 or float16, "
+                f"or de-quantise the model first"
+            )
 
 
 def _check_parameters(model: PreTrainedModel, family: Family) -> None:
@@ -193,7 +228,7 @@ def take_weights(model: PreTrainedModel, family: Family, device: torch.device, k
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     embedding = take(base.embed_tokens.weight)
-    lm_head = embedding if model.config.tie_word_embeddings else take(model.get_output_embeddings().weight)
+    lm_head = embedding if _tied(model) else take(_head(model))
     final_norm = take(base.norm.weight)
     layers = []
     for block in base.layers:
@@ -219,25 +254,31 @@ def take_weights(model: PreTrainedModel, family: Family, device: torch.device, k
 
 
 def fingerprint(model: PreTrainedModel, spec: DecoderSpec) -> str:
-    """16 hex digits that name these weights, the same in fp32 and bf16: directions carry it to know their model.
+    """``w2-`` and 16 hex digits that name these weights, the same in fp32 and bf16: directions carry it to know their
+    model, and run folders to be finished on the one that they were begun on.
 
-    Hashes the sizes, every norm weight and a sample of the embedding and of each block's projections, rounded to
-    bf16; reading all of an 8B checkpoint would take longer than the use of it.
+    Hashes the sizes, and of every tensor some 4096 numbers that are spread over all of it, rounded to bf16; reading all
+    of an 8B checkpoint would take longer than the use of it. The ``w2`` names what is hashed; see :func:`comparable`.
     """
     digest = hashlib.sha256()
     sizes = (spec.family, spec.n_layers, spec.hidden_size, spec.n_heads, spec.n_kv_heads, spec.head_dim)
     digest.update(repr((*sizes, spec.intermediate_size, spec.vocab_size)).encode())
 
-    def feed(tensor: Tensor) -> None:
-        sample = tensor.detach().flatten()[:4096].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+    def feed(name: str, tensor: Tensor) -> None:
+        whole = tensor.detach().flatten()
+        # Odd: a power of two, as rows are long, would come by a few columns only.
+        stride = max(1, len(whole) // _SAMPLED) | 1
+        sample = whole[::stride].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
 
-    base = decoder_of(model)
-    feed(base.embed_tokens.weight)
-    feed(base.norm.weight)
-    for block in base.layers:
-        feed(block.input_layernorm.weight)
-        feed(block.post_attention_layernorm.weight)
-        feed(block.self_attn.q_proj.weight)
-        feed(block.mlp.down_proj.weight)
-    return digest.hexdigest()[:16]
+    for name, parameter in decoder_of(model).named_parameters():
+        feed(name, parameter)
+    if not spec.tied_embeddings:
+        feed("lm_head.weight", _head(model))
+    return f"{_FORM}-{digest.hexdigest()[:16]}"
+
+
+def comparable(stored: str) -> bool:
+    """Does a difference from :func:`fingerprint` mean another model? Not for what was stored in the first form, 16 hex
+    digits alone: it looked at the first numbers of some tensors."""
+    return re.fullmatch("[0-9a-f]{16}", stored) is None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icon2_rt.models import comparable
 from icon2_rt.pipeline.pairs import Strengths
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ def histograms(series: Mapping[str, Sequence[float]], bins: int = BINS) -> dict[
 
 
 def made_elsewhere(directions: DirectionSet, fingerprint: str) -> list[str]:
-    """A warning for each direction of another model than the one in use."""
+    """A warning for each direction of another model than the one in use, or that does not say so reliably."""
     return [
         f"{d.name}: made on another model ({d.model_name or d.model}), not on the one in use"
+        if comparable(d.model)
+        else f"{d.name}: whether it was made on the model in use cannot be told, its fingerprint is of an older kind"
         for d in directions
         if d.model is not None and d.model != fingerprint
     ]

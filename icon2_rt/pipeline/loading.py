@@ -33,13 +33,15 @@ def glance(config: RunConfig) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such model, or it has no tokenizer.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from icon2_rt.models import read_config
 
     path, revision = model_path(config.model), {"revision": config.runtime.revision or "main"}
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ValueError(f"model: there is no folder {Path(path).absolute()}; give a checkpoint's folder, or a hub id")
     try:
-        checkpoint = AutoConfig.from_pretrained(path, **revision)
+        checkpoint = read_config(path, **revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: {config.model!r} cannot be loaded: {error}") from error
     try:
