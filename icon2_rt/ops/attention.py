@@ -83,7 +83,9 @@ class AttentionItems:
             self._held[layer] = tuple(held.nonzero()[:, 0].tolist())
         key = (self._held[layer], heads, kv_heads)
         if key not in self._by_head:
-            self._by_head[key] = _spell_out(self, torch.tensor(key[0], device=self.rows.device), heads, kv_heads)
+            self._by_head[key] = _spell_out(
+                self, torch.tensor(key[0], dtype=torch.int64, device=self.rows.device), heads, kv_heads
+            )
         return self._by_head[key]
 
 
@@ -122,7 +124,7 @@ def _spell_out(items: AttentionItems, index: Tensor, heads: int, kv_heads: int) 
     (n, width), batch, group = rows.shape, len(items.starts), heads // kv_heads
     head = torch.arange(heads, device=rows.device)
     query = rows.clamp(min=0)[:, None, :, None] * heads + head.view(kv_heads, 1, group)  # [n, KV, R, g]
-    depth = int(splits.max()) + 1
+    depth = int(splits.max()) + 1 if n else 0
     used = rows >= 0
     at = (splits[:, None].expand_as(rows)[used], rows[used])
     place = torch.zeros(depth, batch, dtype=torch.int64, device=rows.device)
@@ -136,7 +138,7 @@ def _spell_out(items: AttentionItems, index: Tensor, heads: int, kv_heads: int) 
         pages=items.pages[index].flatten(),
         query=None if alone else query.flatten(),
         merge=merge.flatten(),
-        merge_mask=there[..., None].expand(-1, -1, heads).reshape(depth, -1),
+        merge_mask=there[..., None].expand(-1, -1, heads).reshape(depth, batch * heads),
         masks={},
     )
 
@@ -156,6 +158,8 @@ def grouped_decode_attention(
     kv_heads = k_pages.shape[2]
     here = items.by_head(layer, heads, kv_heads)
     n, group = len(here.items), heads // kv_heads
+    if n == 0:  # every seat is empty
+        return q.new_zeros(batch, heads * d)
     attend = attend_with_lse_on_cpu if q.device.type == "cpu" else attend_with_lse
     k, v = _gather(k_pages, here.pages, n), _gather(v_pages, here.pages, n)  # [n, KV, S, d]
     mask = here.mask(items.lengths, k.shape[2], q.dtype)

@@ -64,7 +64,8 @@ def sample(logits: Tensor, how: RowSampling, state: RowState) -> None:
     state.positions.add_(runs)
     state.generated.add_(runs)
     if how.seen is not None:
-        how.seen.scatter_(1, state.tokens[:, None], True)
+        here = state.tokens[:, None]
+        how.seen.scatter_(1, here, how.seen.gather(1, here) | runs[:, None])
     runs.logical_and_((tokens[:, None] != how.eos).all(dim=1)).logical_and_(state.generated < how.budget)
 
 

@@ -73,3 +73,43 @@ def test_reading_and_scoring():
         ):  # fmt: skip
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(two.logprobs), atol=1e-4, rtol=0)
             torch.testing.assert_close(torch.tensor(one.entropies), torch.tensor(two.entropies), atol=1e-4, rtol=0)
+
+
+def exact_gap(exact: Runtime, prompt: list[int], one: list[int], two: list[int], steering: Steering | None) -> float:
+    """How far apart in fp32 are the log-probabilities of the tokens at which two completions part."""
+    parts = next(n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    a, b = exact.score([prompt] * 2, [one[: parts + 1], two[: parts + 1]], steering)
+    return abs(a.logprobs[-1] - b.logprobs[-1])
+
+
+@pytest.mark.parametrize(
+    ("model", "sampling"), [(tiny_llama, GREEDY), (tiny_qwen3, {"do_sample": False})], ids=["llama", "qwen3"]
+)
+def test_bf16_loses_what_the_reference_loses(model, sampling):
+    """What the kernels write in bf16, judged in fp32 on the same weights: its log-probabilities are as far off as those
+    of the reference in bf16, and where the two write different tokens, these are as good as equal."""
+
+    def in_bf16():
+        return model().bfloat16()
+
+    reference, kernels = both(in_bf16, page_size=PAGE, split_pages=2, max_rows=4, prefill_chunk=32)
+    exact = Runtime(in_bf16().float(), backend="reference", device="cpu")
+    a = Direction("a", random_vectors(4, 48, seed=0))
+    branches: list[Steering | None] = [(2.0 * a[1:]).with_scope("all"), None, (-3.0 * a).with_keep_norm(), a.ablated()]
+    prompts = random_prompts([1, 2 * PAGE + 5], seed=2)
+    got, expected = (
+        rt.generate_branches(prompts, branches, max_new_tokens=5, **sampling) for rt in (kernels, reference)
+    )
+    losses: dict[str, list[float]] = {"kernels": [], "reference": []}
+    parted = []
+    for prompt, ours, theirs in zip(prompts, got, expected, strict=True):
+        for steering, one, two in zip(branches, ours.branches, theirs.branches, strict=True):
+            for name, done in (("kernels", one), ("reference", two)):
+                (right,) = exact.score([prompt], [done.token_ids], steering)
+                losses[name] += [a - b for a, b in zip(done.logprobs, right.logprobs, strict=True)]
+            if one.token_ids != two.token_ids:
+                parted.append(exact_gap(exact, prompt, one.token_ids, two.token_ids, steering))
+    kernel_loss, reference_loss = (torch.tensor(losses[name]) for name in ("kernels", "reference"))
+    assert float(kernel_loss.norm()) <= 1.5 * float(reference_loss.norm())
+    assert 0 < float(kernel_loss.abs().max()) <= 2.0 * float(reference_loss.abs().max())
+    assert all(gap <= 4.0 * float(reference_loss.abs().max()) for gap in parted)

@@ -102,7 +102,10 @@ def test_a_batch_without_items() -> None:
     s = scene(PAIR)
     s.items.count.zero_()
     s.items.n_splits.zero_()
-    assert not grouped_decode_attention(*s.arguments()).any()
+    for attend in (grouped_decode_attention, ops.grouped_decode_attention):
+        out = attend(*s.arguments())
+        assert out.shape == (2, 64)
+        assert not out.any()
 
 
 def test_large_scores_do_not_overflow() -> None:

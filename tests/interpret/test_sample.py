@@ -198,6 +198,7 @@ def test_a_row_that_does_not_run_keeps_all_it_has() -> None:
         assert torch.equal(getattr(after, field.name)[1::2], getattr(before, field.name)[1::2])
     assert seen.sum(dim=1).tolist() == [1, 0, 1, 0]
     assert bool(seen[[0, 2], after.tokens[[0, 2]]].all())
+    check(logits(4), replace(how, seen=torch.zeros_like(seen)), before)  # nor does the reference mark its token
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": i32(9, 9, 9, 9, 9), "top_p": f32(0.5, 0.5, 0.5, 0.5, 0.5)}])
