@@ -37,7 +37,8 @@ FLAGS = [
 
 CUDA_SOURCES = ["csrc/cuda/bind_cuda.cpp", "csrc/cuda/sample.cu", "csrc/cuda/skinny_linear.cu"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0"]
-# sm_80 also runs on 8.6 and 8.9, sm_100 on 10.3; what is compiled for sm_90a runs there only.
+# sm_80 also runs on 8.6 and 8.9, sm_100 on 10.3; what is compiled for sm_90a runs there only. For every other device
+# (12.0, and what comes) the PTX of the oldest lies beside them, which the driver compiles at the first use.
 ARCHITECTURES = ["80", "90a", "100"]
 
 
@@ -67,14 +68,21 @@ class Nvcc:
 
     def start(self, folder: Path, includes: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
-        names = ", ".join(f"sm_{a}" for a in self.architectures)
+        code, names = self.targets()
         for source in CUDA_SOURCES:
             target = str(folder / f"{Path(source).stem}.o")
             arguments = [*CUDA_FLAGS, *code, f'-DICON2_CUDA_BUILD="{names}"', *(f"-I{i}" for i in includes)]
             command = [self.path, *arguments, "-c", source, "-o", target]
             run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             self.running.append((target, run))
+
+    def targets(self) -> tuple[list[str], str]:
+        """nvcc's options for the machine code and the PTX, and their names."""
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        names = [f"sm_{a}" for a in self.architectures]
+        oldest = self.architectures[0].rstrip("a")
+        code.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+        return code, ", ".join([*names, f"PTX of compute_{oldest}"])
 
     def finish(self) -> list[str]:
         """The object files. OSError with what nvcc said where one did not come to be."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from icon2_rt.engine import batch as engine_batch
 from icon2_rt.engine.forward import computing
 from icon2_rt.engine.graphs import StepGraphs
+from icon2_rt.ops import native_cuda
 
 SECOND = torch.device("cuda", 1)
 
@@ -74,3 +76,31 @@ def test_results_are_awaited_on_its_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
     engine_batch._end_of_work(SECOND)
     assert recorded == [SECOND]
+
+
+def test_the_extension_is_called_with_the_tensors_device_current(current, monkeypatch):
+    """It refuses any other: the CUDA runtime in it is a copy of its own and may not change what is current."""
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=(device, 7)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    extension = SimpleNamespace(
+        cuda_linear=lambda *arguments: called.append((current[-1], arguments[-1])),
+        cuda_sample=lambda *arguments: called.append((current[-1], arguments[-1])),
+        cuda_why_not=lambda index: called.append((current[-1], index)),
+        cuda_sample_scratch=lambda rows, vocab: 8,
+        cuda_linear_scratch=8,
+        build="a double",
+    )
+    monkeypatch.setattr(native_cuda, "extension", extension)
+    monkeypatch.setattr(native_cuda, "why_no_extension", None)
+    monkeypatch.setattr(native_cuda, "_scratch", {})
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: None)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: None)
+    x = SimpleNamespace(shape=(2, 8), dtype=torch.bfloat16, device=SECOND)
+    native_cuda.skinny_linear(x, x)  # type: ignore[arg-type]
+    how, state = MagicMock(), MagicMock()
+    native_cuda.sample(x, how, state)  # type: ignore[arg-type]
+    assert called == [(SECOND, (SECOND, 7))] * 2
+    native_cuda.why_not(SECOND)
+    assert called[-1] == (1, 1)
+    assert len(current) == 1

@@ -1,4 +1,5 @@
-// How a kernel is launched: on its tensors' device, allowed to begin early where the device can do that.
+// How a kernel is launched: on its tensors' device, which must be the current one, allowed to begin early where the
+// kernel's code can wait.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -9,32 +10,34 @@
 namespace icon2 {
 namespace cuda {
 
-// The device of the tensors is current while this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) cudaSetDevice(device);
-    changed_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+// Null where `device` is the current one, else what is wrong. The driver is asked for the device of the context that
+// is current: the CUDA runtime in here is not torch's but a copy of its own, and it neither knows what torch's made
+// current nor may change it.
+inline const char* not_current(int device) {
+  using Get = int (*)(int*);
+  static const Get get = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuCtxGetDevice", &entry, 12000, cudaEnableDefault, &found);
+#else
+    cudaGetDriverEntryPoint("cuCtxGetDevice", &entry, cudaEnableDefault, &found);
+#endif
+    return reinterpret_cast<Get>(entry);
+  }();
+  int current = -1;
+  if (get == nullptr) return "the driver does not say which device is current";
+  if (get(&current) != 0) return "no device is current in this thread: call torch.cuda.set_device first";
+  return current == device ? nullptr : "the tensors are not on the current device: use torch.cuda.device(...)";
+}
 
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-// Every kernel waits (grid_wait) before it reads what another wrote, so all may be launched early.
+// From sm_90 on every kernel waits (grid_wait) before it reads what another wrote, so all may be launched early.
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), int blocks, int blocks_y, int threads, size_t shared,
                    const Stream& stream, const Parameters&... arguments) {
-  const OnDevice on(stream.device);
-  int major = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.device);
+  if (const char* wrong = not_current(stream.device)) return wrong;
+  cudaFuncAttributes code{};
+  cudaError_t error = cudaFuncGetAttributes(&code, kernel);
   if (error == cudaSuccess && shared > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error == cudaSuccess) {
@@ -47,7 +50,9 @@ const char* launch(void (*kernel)(Parameters...), int blocks, int blocks_y, int 
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(stream.handle);
     config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
+    // By what the code was compiled for, not by the device: code of sm_80, which newer devices run from PTX, would not
+    // wait for the kernel ahead of it.
+    config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   if (error == cudaSuccess) return nullptr;

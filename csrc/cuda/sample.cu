@@ -529,7 +529,7 @@ const char* sample(const Sample& a, void* scratch, const Stream& stream) {
 
 #ifdef __CUDACC__
 const char* why_not(int device) {
-  const OnDevice on(device);
+  if (const char* wrong = not_current(device)) return wrong;
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, scan_kernel);
   if (error == cudaSuccess) return nullptr;

@@ -48,7 +48,8 @@ def why_not(device: torch.device) -> str | None:
     if not hasattr(extension, "cuda_linear"):
         return "the extension was built without nvcc, for CPUs only"
     index = device.index if device.index is not None else torch.cuda.current_device()
-    error = extension.cuda_why_not(index)
+    with torch.cuda.device(index):
+        error = extension.cuda_why_not(index)
     return None if error is None else f"{error} (the extension is {extension.build})"
 
 
@@ -72,8 +73,8 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residua
     """
     rows, n_out = x.shape[0], weight.shape[0]
     out = torch.empty((rows, n_out), dtype=x.dtype, device=x.device)
-    stream = _stream(x.device)
-    extension.cuda_linear(x, weight, bias, residual, out, _linear_scratch(x.device, stream), stream)
+    with _current(x.device) as stream:
+        extension.cuda_linear(x, weight, bias, residual, out, _linear_scratch(x.device, stream), stream)
     return out
 
 
@@ -82,16 +83,23 @@ def sample(logits: Tensor, how: RowSampling, state: RowState) -> None:
     rows, vocab = logits.shape
     n_bytes = extension.cuda_sample_scratch(rows, vocab)
     scratch = torch.empty((n_bytes + 7) // 8, dtype=torch.int64, device=logits.device)
-    extension.cuda_sample(
-        logits, how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty,
-        how.seen, how.eos, how.min_tokens, how.budget, state.tokens, state.positions, state.generated, state.running,
-        state.logprobs, scratch, _stream(logits.device),
-    )  # fmt: skip
+    with _current(logits.device) as stream:
+        extension.cuda_sample(
+            logits, how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty,
+            how.seen, how.eos, how.min_tokens, how.budget, state.tokens, state.positions, state.generated,
+            state.running, state.logprobs, scratch, stream,
+        )  # fmt: skip
 
 
-def _stream(device: torch.device) -> int:
-    """The current stream as CUDA knows it; on another device there is none, and the extension says what is wrong."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+@contextmanager
+def _current(device: torch.device) -> Iterator[int]:
+    """Inside, ``device`` is the current one, as the extension demands; gives its current stream as CUDA knows it. On
+    another kind of device there is none, and the extension says what is wrong."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 def _linear_scratch(device: torch.device, stream: int) -> Tensor:

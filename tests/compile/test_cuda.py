@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
+import triton
 
 from icon2_rt.kernels.budget import Budget
 
@@ -18,6 +22,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 NVCC = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin") if "CUDA_HOME" in os.environ else None)
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
+ROOT = CSRC.parent
 ARCHITECTURES = ("80", "90a", "100")
 # As written in the files: registers per thread, and what is on the stack, where spilled registers would be too.
 BUDGETS = {
@@ -68,3 +73,42 @@ def test_what_a_launch_waits_for_is_in_the_code(tmp_path: Path) -> None:
         assert "mma.sync.aligned.m16n8k16" in code
         assert "cp.async.cg.shared.global" in code
         assert ("griddepcontrol.wait" in code) is early
+
+
+def build(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """setup.py's class that runs nvcc."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(str(ROOT / "setup.py"))["Nvcc"](str(NVCC))
+
+
+def test_devices_without_machine_code_of_their_own_find_ptx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sm_120, and what comes after: the driver compiles the PTX of the oldest."""
+    nvcc = build(monkeypatch)
+    code, names = nvcc.targets()
+    oldest = nvcc.architectures[0]
+    assert names.endswith(f", PTX of compute_{oldest}")
+    target = tmp_path / "o"
+    small = tmp_path / "small.cu"
+    small.write_text("__global__ void kernel(float* x) { x[0] = 1.0f; }\n")
+    subprocess.run([str(NVCC), *code, "-c", str(small), "-o", str(target)], check=True)
+
+    def lists(what: str) -> list[str]:
+        command = [triton.knobs.nvidia.cuobjdump.path, f"--list-{what}", str(target)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return re.findall(r"sm_(\w+)\.", said)
+
+    assert lists("elf") == nvcc.architectures
+    assert lists("ptx") == [oldest]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_launch_leaves_the_current_device_alone(name: str, tmp_path: Path) -> None:
+    """The CUDA runtime in the extension is not torch's: it asks the driver which device is current, and sets none. And
+    what may begin early is decided by the code there is, not by the device: PTX of sm_80 on a newer one cannot wait."""
+    target = tmp_path / "o"
+    command = [str(NVCC), "-std=c++17", f"-I{CSRC}", "-arch=sm_80", "-c", str(CSRC / "cuda" / f"{name}.cu")]
+    subprocess.run([*command, "-o", str(target)], check=True)
+    names = set(re.findall(rb"cu[A-Z]\w+|cuda[A-Z]\w+", target.read_bytes()))
+    assert {b"cuCtxGetDevice", b"cudaFuncGetAttributes"} <= names
+    assert not {b"cudaSetDevice", b"cudaGetDevice", b"cudaDeviceGetAttribute"} & names
