@@ -14,3 +14,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor, for all programs on it: 164 KiB on sm_80, 228 on sm_90 and sm_100,
+    100 on sm_86, sm_89 and sm_120. As on sm_90 where there is no device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 228 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor

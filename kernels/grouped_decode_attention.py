@@ -33,38 +33,56 @@ import triton.language as tl
 from torch import Tensor
 
 from icon2_rt.kernels.budget import Budget
-from icon2_rt.kernels.device import multiprocessors
+from icon2_rt.kernels.device import multiprocessors, shared_memory
 
 # Query rows of a tile: the smallest that a tensor core takes, and never another (see above).
 TILE_ROWS = 16
 
-# 65 536 registers and 227 KiB of a multiprocessor (sm_90, sm_100) hold 3 programs of 128 threads of this size; sm_80's
-# 163 KiB hold 2.
+# 65 536 registers and the 228 KiB of a multiprocessor of sm_90 and sm_100 hold 3 programs of 128 threads of this size,
+# sm_80's 164 KiB hold 2. The 100 KiB of sm_86, sm_89 and sm_120 would hold 1: there the pipeline is a tile shorter,
+# for 2.
 SPLIT_BUDGET = Budget(registers=160, shared=75_000, narrow_loads=18, registers_on={86: 168, 89: 168})
 # A warp reads each of its log-sum-exps with one load that all of its threads make. sm_86 holds 16 programs whatever
 # their size, so the compiler takes up to 128 registers there.
 MERGE_BUDGET = Budget(registers=96, shared=128, narrow_loads=19, registers_on={86: 128})
 
-# Programs of the split kernel that are resident on a multiprocessor at once.
-RESIDENT = 3
+# What a multiprocessor has of registers, and what it takes of its shared memory for every program beside the program's.
+_REGISTERS, _FOR_A_PROGRAM = 65_536, 1024
+# Registers a thread of the programs of 256 threads, which heads of more than 128 have.
+_WIDE = 128
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the split kernel walks through a split: ``positions`` at a time, ``stages`` - 1 tiles of them in flight."""
+    """How the split kernel walks through a split: ``positions`` at a time, ``stages`` - 1 tiles of them in flight.
+    ``shared`` is what a program takes of shared memory, in bytes."""
 
     positions: int
     stages: int
     warps: int
+    shared: int
+
+    def resident(self, memory: int) -> int:
+        """Programs that a multiprocessor with ``memory`` bytes of shared memory holds at once."""
+        registers = _WIDE if self.warps == 8 else max(SPLIT_BUDGET.registers, *SPLIT_BUDGET.registers_on.values())
+        return max(1, min(memory // (self.shared + _FOR_A_PROGRAM), _REGISTERS // (32 * self.warps * registers)))
 
 
-def tile_for(d: int, dtype: torch.dtype, split: int) -> Tile:
+def tile_for(d: int, dtype: torch.dtype, split: int, memory: int) -> Tile:
     """Tiles of K of 16 KiB, or 8 KiB in fp32, whose products without tensor cores need more registers: as many
-    positions as that is, but no more than the split has."""
+    positions as that is, but no more than the split has. Two tiles in flight where a multiprocessor, with ``memory``
+    bytes of shared memory, then still holds two programs; else one: a program that waits needs another beside it."""
     padded = max(16, triton.next_power_of_2(d))
     elements = 8192 if dtype.itemsize == 2 else 2048
-    positions = min(128, elements // padded, triton.next_power_of_2(split))
-    return Tile(max(16, positions), stages=3, warps=8 if padded > 128 else 4)
+    positions = max(16, min(128, elements // padded, triton.next_power_of_2(split)))
+
+    def with_stages(stages: int) -> Tile:
+        # K and V of each tile in flight; the queries; the weights of a tile's positions; a few words.
+        numbers = 2 * (stages - 1) * positions * padded + TILE_ROWS * (padded + positions)
+        return Tile(positions, stages, 8 if padded > 128 else 4, numbers * dtype.itemsize + 64)
+
+    long = with_stages(3)
+    return long if long.resident(memory) > 1 else with_stages(2)
 
 
 class AttentionItems(Protocol):
@@ -223,12 +241,13 @@ def grouped_decode_attention(
             f"kernel's tile has {TILE_ROWS}. Give items of at most {max(1, TILE_ROWS // group)} rows"
             + (", and use backend='reference' for this model." if group > TILE_ROWS else ".")
         )
-    tile = tile_for(d, q.dtype, items.split)
+    memory = shared_memory(q.device)
+    tile = tile_for(d, q.dtype, items.split, memory)
     d_padded = max(16, triton.next_power_of_2(d))
     parts = torch.empty(items.n_partials, heads, d, dtype=torch.float32, device=q.device)
     lse = torch.empty(items.n_partials, heads, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads * d, dtype=q.dtype, device=q.device)
-    split_kernel[(min(n * kv_heads, RESIDENT * multiprocessors(q.device)),)](
+    split_kernel[(min(n * kv_heads, tile.resident(memory) * multiprocessors(q.device)),)](
         q,
         k_pages,
         v_pages,

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from icon2_rt.kernels.grouped_decode_attention import MERGE_BUDGET, SPLIT_BUDGET, grouped_decode_attention
+from icon2_rt.kernels import grouped_decode_attention as attention
+from icon2_rt.kernels.device import multiprocessors
+from icon2_rt.kernels.grouped_decode_attention import MERGE_BUDGET, SPLIT_BUDGET, grouped_decode_attention, tile_for
 from icon2_rt.ops import AttentionItems
 from tests.launches import (
     ARCHITECTURES,
@@ -72,6 +74,47 @@ def test_the_largest_head_fits_the_shared_memory(arch: int) -> None:
     (split,) = [each for each in launches(OTHERS[2]) if each.kernel.__name__ == "split_kernel"]
     assert OTHERS[2].head_dim == 256
     assert compiled(split, arch).shared <= SHARED_MEMORY[arch]
+
+
+SIZES = pytest.mark.parametrize("model", [LLAMA, *OTHERS, MODELS[-1]], ids=str)
+
+
+@SIZES
+@pytest.mark.parametrize("memory", [100, 228], ids="{} KiB".format)
+def test_a_tile_s_shared_memory_is_what_the_compiler_takes(model: Sizes, memory: int, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "shared_memory", lambda device: memory * 1024)
+    tile = tile_for(model.head_dim, model.dtype, 128, memory * 1024)
+    split = compiled(launches(model)[0], 89 if memory == 100 else 90)
+    assert tile.shared - 64 <= split.shared <= tile.shared
+    threads, held = 32 * tile.warps, tile.resident(memory * 1024)
+    assert held * threads * -(-split.registers // 8) * 8 <= 65536
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 100 * 1024])
+def test_two_programs_share_a_small_multiprocessor(arch: int, monkeypatch) -> None:
+    """sm_86, sm_89 and sm_120 have 100 KiB: a program that waits for memory has another one beside it."""
+    memory = SHARED_MEMORY[arch] + 1024  # of a multiprocessor; what a program may have is a KiB less
+    monkeypatch.setattr(attention, "shared_memory", lambda device: memory)
+    split = launches(LLAMA, n=640)[0]
+    found = compiled(split, arch)
+    assert 2 * (found.shared + 1024) <= memory
+    assert 2 * 128 * -(-found.registers // 8) * 8 <= 65536
+    assert split.grid == (2 * multiprocessors(torch.device("meta")),)
+    # A tile before the loop, one inside it.
+    assert found.ptx.count("cp.async.cg.shared.global") == 2 * 2 * 64 * 128 * 2 // (16 * 128)
+    assert over_budget(launches(LLAMA), BUDGETS, (arch,)) == []
+
+
+def test_a_grid_is_what_multiprocessors_hold_at_once() -> None:
+    """By shared memory (sm_80, small ones) or registers (sm_90: three, as the budget says)."""
+    held = {
+        (kib, d): tile_for(d, torch.bfloat16, 128, kib * 1024).resident(kib * 1024)
+        for kib in (100, 164, 228)
+        for d in (64, 128, 256)
+    }
+    assert held == {(100, 64): 2, (100, 128): 2, (100, 256): 2} | {
+        (164, 64): 2, (164, 128): 2, (164, 256): 2, (228, 64): 3, (228, 128): 3, (228, 256): 2
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
