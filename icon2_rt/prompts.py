@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -111,6 +111,22 @@ class Encoder:
         """:func:`decode_behind` with this tokenizer."""
         return decode_behind(self._need_tokenizer("text"), prompt_ids, ids)
 
+    def decode_for(self, stop_strings: Sequence[str]) -> Callable[[Sequence[int], Sequence[int]], str]:
+        """:meth:`decode_behind`, with the text of those special tokens that ``stop_strings`` hold."""
+        tokenizer = self._need_tokenizer("stop_strings")
+        added = tokenizer.added_tokens_decoder.items()
+        special = {i: str(token) for i, token in added if token.special}
+        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        silent = {i for i, text in special.items() if not any(text in stop for stop in stop_strings)}
+        if len(silent) == len(special):
+            return self.decode_behind
+
+        def decode(prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+            before, behind = ([i for i in part if i not in silent] for part in (prompt_ids[-4 * _CONTEXT :], ids))
+            return decode_behind(tokenizer, before, behind, special=True)
+
+        return decode
+
     def message(
         self,
         chat: Sequence[Message],
@@ -177,14 +193,15 @@ def named(error: Exception, where: str) -> Exception:
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
 
 
-def decode_behind(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of ``ids`` where they follow ``prompt_ids``: the decoding of all of them less the prompt's own.
+def decode_behind(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of ``ids`` where they follow ``prompt_ids``: the decoding of all of them less the prompt's own. Special
+    tokens have none, unless ``special``.
 
     Decoded alone, a response loses its first space with tokenizers that keep it in their first token.
     """
 
     def decode(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
     length = _CONTEXT
     before = decode(prompt_ids[-length:])

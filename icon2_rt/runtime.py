@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from icon2_rt.engine import (
     resolve_sampling,
 )
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
+from icon2_rt.engine.sampling import generable
 from icon2_rt.engine.turns import Stream
 from icon2_rt.extraction import ContrastStatistics
 from icon2_rt.ops import row_seeds, select
@@ -106,7 +108,8 @@ class Runtime:
         self.fingerprint = models.fingerprint(model, self.spec)
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.tokenizer = tokenizer
-        self.generation_config = model.generation_config
+        self.generation_config = copy.deepcopy(model.generation_config)
+        self._default_eos = self._ending_tokens(tokenizer)
         if prefill_chunk is None:
             options = replace(options, prefill_chunk=default_prefill_chunk(where))
         self.options = options
@@ -156,6 +159,24 @@ class Runtime:
                 ) from error
         model = models.load_model(path, **kwargs)
         return cls(model, tokenizer, device=device, backend=backend, **own)
+
+    def _ending_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        """The tokenizer's eos; from it and from the model's own generation config what the model cannot generate is
+        left out, with a warning: transformers would wait for it in vain."""
+        config, vocab = self.generation_config, self.spec.vocab_size
+        default, strange = generable(getattr(tokenizer, "eos_token_id", None), vocab)
+        if config is not None:
+            config.eos_token_id, more = generable(config.eos_token_id, vocab)
+            strange = more + strange
+        if strange:
+            left = config.eos_token_id if config is not None and config.eos_token_id is not None else default
+            warnings.warn(
+                f"eos_token_id {', '.join(map(str, strange))} of {self.name} is outside the vocabulary (0 to "
+                f"{vocab - 1}) "
+                f"and ends nothing; responses end with {'no token' if left is None else left}",
+                stacklevel=3,
+            )
+        return default
 
     # ---------------------------------------------------------------- facts
 
@@ -263,10 +284,11 @@ class Runtime:
                 prompt by prompt.
             noise: "common" gives the branches of a prompt the same random numbers.
             sample_ids: one per prompt, in place of its index, in the derivation of row seeds.
-            generation_config: replaces the model's own as the base of the sampling options.
+            generation_config: the base of the sampling options; what it leaves out is taken from the model's own.
             chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
             sampling: transformers' names: max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
-                repetition_penalty, eos_token_id, stop_strings. They win over the config. Unset ones have
+                repetition_penalty, eos_token_id, stop_strings (a special token's text is found too). They win over the
+                config. Unset ones have
                 transformers' defaults (when sampling: top_k=50).
 
         Raises:
@@ -336,10 +358,11 @@ class Runtime:
     ) -> Iterator[BranchedOutput]:
         """Check everything, then return the iterator that does the work. ``branches`` by the argument that each is."""
         options = resolve_sampling(
-            generation_config if generation_config is not None else self.generation_config,
+            generation_config,
             sampling,
+            model=self.generation_config,
             vocab_size=self.spec.vocab_size,
-            default_eos=getattr(self.tokenizer, "eos_token_id", None),
+            default_eos=self._default_eos,
         )
         if options.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer, and this runtime was made without one")
@@ -400,7 +423,8 @@ class Runtime:
         template: ChatTemplate,
         progress: bool,
     ) -> Generator[BranchedOutput]:
-        decode = self._encoder.decode_behind if self.tokenizer is not None else None
+        stop_strings = requests[0].sampling.stop_strings if requests else ()  # of the call: the same for all
+        decode = self._encoder.decode_for(stop_strings) if stop_strings else None
         with (
             self._recording("generate", len(requests) * len(branches), branches) as record,
             closing(self._engine.decode(requests, decode, record)) as decoded,  # what was running is counted

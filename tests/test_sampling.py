@@ -345,7 +345,7 @@ def test_the_models_generation_config_is_the_default():
         assert len(completion.token_ids) == 10 or completion.finish_reason == "eos"
     greedy = rt.generate(PROMPTS[:1], do_sample=False, repetition_penalty=1.0, max_new_tokens=24)[0]
     assert greedy.token_ids == free[: free.index(free[6]) + 1]  # keywords override, the rest stays
-    base = GenerationConfig(do_sample=False, max_new_tokens=5)
+    base = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=5)
     assert rt.generate(PROMPTS[:1], generation_config=base)[0].token_ids == free[:5]
     assert rt.generate(PROMPTS[:1], generation_config=base, max_new_tokens=4)[0].token_ids == free[:4]
 
@@ -430,3 +430,78 @@ def test_score_gives_back_the_logprobs_of_generate(rt, steering):
                 torch.testing.assert_close(
                     torch.tensor(scored.logprobs), torch.tensor(completion.logprobs), atol=1e-4, rtol=0
                 )
+
+
+# --- what a config leaves out, and the ends of responses -------------------------------------------------------------
+
+
+def by_transformers(model, prompt, config: GenerationConfig, **options) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, pad_token_id=0, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("given", [{"max_new_tokens": 24}, {"max_new_tokens": 24, "repetition_penalty": 1.0}])
+def test_what_a_config_leaves_out_is_the_models_own(given):
+    """Two ending tokens, a penalty and a least length of the model's; the config names none, one, or a limit alone."""
+    free = hooks.greedy(tiny_llama(), PROMPTS[0], 24).token_ids
+    own = {"eos_token_id": [VOCAB - 1, free[9]], "repetition_penalty": 1.2, "min_new_tokens": 3, "max_new_tokens": 7}
+
+    def build():
+        model = tiny_llama()
+        model.generation_config = GenerationConfig(**own)
+        return model
+
+    rt, right = Runtime(build()), by_transformers(build(), PROMPTS[0], GenerationConfig(**given))
+    assert rt.generate(PROMPTS[:1], generation_config=GenerationConfig(**given))[0].token_ids == right
+    assert right != by_transformers(tiny_llama(), PROMPTS[0], GenerationConfig(**given))  # the model's own is seen
+
+
+def test_a_limit_in_a_config_replaces_the_models_of_either_kind():
+    model = tiny_llama()
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    config = GenerationConfig(max_length=len(PROMPTS[0]) + 9)
+    assert len(Runtime(model).generate(PROMPTS[:1], generation_config=config)[0].token_ids) == 9
+
+
+def test_the_pipelines_settings_owe_nothing_to_the_models():
+    from icon2_rt.pipeline.sampling import neutral
+
+    model = tiny_llama()
+    model.generation_config = GenerationConfig(num_beams=4, min_p=0.3, min_new_tokens=9, eos_token_id=[5])
+    config = neutral(temperature=0, top_p=1, max_new_tokens=12, eos_token_id=[])
+    [completion] = Runtime(model).generate(PROMPTS[:1], generation_config=config)
+    assert completion.token_ids == hooks.greedy(tiny_llama(), PROMPTS[0], 12).token_ids
+
+
+@pytest.mark.parametrize("eos", [VOCAB, [VOCAB + 5, 40], [-1]])
+def test_ending_tokens_outside_the_vocabulary_end_nothing(eos):
+    """A warning in place of an error in every call: transformers waits for such a token in vain."""
+    right = by_transformers(tiny_llama(), PROMPTS[0], GenerationConfig(max_new_tokens=12, eos_token_id=eos))
+    model = tiny_llama()
+    model.generation_config.eos_token_id = eos
+    with pytest.warns(UserWarning, match="outside the vocabulary .0 to 127. and ends nothing"):
+        rt = Runtime(model)
+    assert rt.generate(PROMPTS[:1], max_new_tokens=12)[0].token_ids == right
+    with pytest.raises(ValueError, match="eos_token_id 128 is not a token of this model"):
+        rt.generate(PROMPTS[:1], eos_token_id=VOCAB)
+
+
+@pytest.mark.parametrize("stop", ["<|user|>", "<|user|>t", "n<|user|>", "<|end|><|user|>"])
+def test_a_stop_string_may_be_or_hold_a_special_token(chat, stop):
+    """The rows' tokens are a script; where it ends is transformers' StopStringCriteria to say."""
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    from icon2_rt.engine import batch
+
+    text = "one two<|system|>in<|user|>the<|end|><|user|>on<|assistant|>"
+    script = chat.tokenizer.encode(text, add_special_tokens=False)
+    criterion = StopStringCriteria(chat.tokenizer, [stop])
+    ends = [n for n in range(1, len(script)) if criterion(torch.tensor([script[:n]]), None).item()]
+    tokens = iter(script)
+    with pytest.MonkeyPatch.context() as patch:
+        results = batch.Batch.results
+        patch.setattr(batch.Batch, "results", lambda self: [(row, next(tokens), 0.0) for row, *_ in results(self)])
+        [completion] = chat.generate(["x"], max_new_tokens=len(script), stop_strings=[stop], eos_token_id=127)
+    assert ends and (completion.token_ids, completion.finish_reason) == (script[: ends[0]], "stop_string")
+    assert "<|" not in completion.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,13 +65,23 @@ class Sampling:
         return min(DEFAULT_MAX_NEW_TOKENS, room - n_prompt)
 
 
-def resolve_sampling(
-    base: GenerationConfig | None, options: Mapping[str, Any], *, vocab_size: int, default_eos: Any = None
-) -> Sampling:
-    """Merge a GenerationConfig and keyword options (which win) into one value.
+class WholeConfig(GenerationConfig):
+    """A generation config that owes nothing to a model's own: what it leaves out has transformers' default."""
 
-    Unset fields take transformers' defaults, top_k = 50 included. Giving temperature, top_k, top_p or min_p means
-    ``do_sample=True`` unless do_sample is given too.
+
+def resolve_sampling(
+    base: GenerationConfig | None,
+    options: Mapping[str, Any],
+    *,
+    model: GenerationConfig | None = None,
+    vocab_size: int,
+    default_eos: Any = None,
+) -> Sampling:
+    """Merge keyword options, a GenerationConfig and the model's own into one value; the earlier ones win.
+
+    Fields that are unset in all of them take transformers' defaults, top_k = 50 included, and ``default_eos``, the
+    tokenizer's. Giving temperature, top_k, top_p or min_p as an option means ``do_sample=True`` unless do_sample is
+    given too. A limit replaces a later one's of either kind (max_new_tokens, max_length).
 
     Raises:
         TypeError: an option that does not exist. ValueError: a value out of range, or a field that would change the
@@ -85,13 +95,14 @@ def resolve_sampling(
             raise TypeError(f"unknown option {name!r}{hint} Sampling options are {', '.join(SUPPORTED)}")
     if base is not None and not isinstance(base, GenerationConfig):
         raise TypeError(f"generation_config must be a transformers GenerationConfig, not {type(base).__name__}")
-    # A field that transformers does not know (checkpoints carry some) changes nothing there either.
-    merged = {k: v for k, v in (base.to_dict() if base is not None else {}).items() if v is not None and k in known}
     options = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in options.items()}  # numpy's numbers
-    if {"max_new_tokens", "max_length"} & options.keys():  # a limit in the call replaces the base's, of either kind
-        merged.pop("max_new_tokens", None)
-        merged.pop("max_length", None)
-    merged.update({k: v for k, v in options.items() if v is not None})
+    # A field that transformers does not know (checkpoints carry some) changes nothing there either.
+    merged = {} if isinstance(base, WholeConfig) else _set_fields(model, known)
+    for layer in (_set_fields(base, known), options):
+        if {"max_new_tokens", "max_length"} & layer.keys():
+            merged.pop("max_new_tokens", None)
+            merged.pop("max_length", None)
+        merged.update({k: v for k, v in layer.items() if v is not None})
     if {"temperature", "top_k", "top_p", "min_p"} & {k for k, v in options.items() if v is not None}:
         merged["do_sample"] = True if options.get("do_sample") is None else options["do_sample"]
     for name, value in merged.items():
@@ -120,6 +131,19 @@ def resolve_sampling(
     )
     _check(sampling, vocab_size)
     return replace(sampling, top_k=min(sampling.top_k, vocab_size))
+
+
+def _set_fields(config: GenerationConfig | None, known: Container[str]) -> dict[str, Any]:
+    return {k: v for k, v in (config.to_dict() if config is not None else {}).items() if v is not None and k in known}
+
+
+def generable(eos_token_id: Any, vocab_size: int) -> tuple[Any, list[int]]:
+    """Ending tokens less those that the model cannot generate (None where nothing is left), and what was left out."""
+    ids = list(eos_token_id) if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    out = [i for i in ids if isinstance(i, int) and not 0 <= i < vocab_size]
+    if not out:
+        return eos_token_id, []
+    return [i for i in ids if i not in out] or None, out
 
 
 def _check(s: Sampling, vocab_size: int) -> None:

@@ -22,7 +22,7 @@ def neutral(
     stop_string: str | None = None,
 ) -> GenerationConfig:
     """A config with every filter and penalty off but those named. Temperature 0 is greedy decoding."""
-    from transformers import GenerationConfig
+    from icon2_rt.engine.sampling import WholeConfig
 
     sampled: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -31,7 +31,7 @@ def neutral(
             sampled["min_p"] = min_p
     if stop_string is not None:
         sampled["stop_strings"] = [stop_string]
-    return GenerationConfig(
+    return WholeConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
         eos_token_id=list(eos_token_id) or None,
