@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -192,6 +193,33 @@ class Paths:
     sharing_rows: int = 0
     fallbacks: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: rows are texts there."""
+        graph_steps = {str(rows): n for rows, n in self.graph_steps.items()}
+        return {**asdict(self), "graph_steps": graph_steps, "fallbacks": list(self.fallbacks)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Paths:
+        graph_steps = {int(rows): n for rows, n in record["graph_steps"].items()}
+        return cls(**{**record, "graph_steps": graph_steps, "fallbacks": tuple(record["fallbacks"])})
+
+    def __add__(self, other: Paths) -> Paths:
+        """What two calls ran through: passes and steps are added, names are listed, of sharing the larger is kept."""
+        shared = max((self.shared_items, self.sharing_rows), (other.shared_items, other.sharing_rows))
+        return Paths(
+            backend=_both(self.backend, other.backend) or "",
+            prefill_attention=_both(self.prefill_attention, other.prefill_attention),
+            decode_attention=_both(self.decode_attention, other.decode_attention),
+            prefill_passes=self.prefill_passes + other.prefill_passes,
+            graph_steps=dict(sorted((Counter(self.graph_steps) + Counter(other.graph_steps)).items())),
+            captured_steps=self.captured_steps + other.captured_steps,
+            repeated_steps=self.repeated_steps + other.repeated_steps,
+            plain_steps=dict(Counter(self.plain_steps) + Counter(other.plain_steps)),
+            shared_items=shared[0],
+            sharing_rows=shared[1],
+            fallbacks=tuple(dict.fromkeys((*self.fallbacks, *other.fallbacks))),
+        )
+
     def __str__(self) -> str:
         lines = [f"backend {self.backend}"]
         if self.prefill_attention:
@@ -233,6 +261,11 @@ class LastRun:
         ending = "" if self.complete else ", not complete"
         head = f"{self.call}: {_many(self.rows, 'row')}, {_many(self.tokens, 'token')}{ending}"
         return "\n".join([head, *map(str, self.steering), str(self.paths)])
+
+
+def _both(a: str | None, b: str | None) -> str | None:
+    """The names of two, each once."""
+    return ", ".join(sorted({name for names in (a, b) if names for name in names.split(", ")})) or None
 
 
 def _many(n: int, what: str) -> str:

@@ -414,6 +414,7 @@ class Runtime:
             yield record
         finally:
             self._last_run = record.close(call, self._engine.model)
+            self.usage.ran(self._last_run)
 
     def _run(
         self,

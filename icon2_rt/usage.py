@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
+
+from icon2_rt.outputs import Fired, LastRun, Paths, add_up
+
+COUNTS = ("prefilled", "decoded", "scored", "attended", "logits")
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Work:
     - ``attended``: the positions that all of those attended to, themselves included, added up.
     - ``logits``: how many of them went through the language model's head.
     - ``seconds``: wall clock.
+    - ``steering``, ``paths``: how much each term of a steering acted, and which code ran; None: none did.
     """
 
     prefilled: int = 0
@@ -30,12 +35,12 @@ class Work:
     attended: int = 0
     logits: int = 0
     seconds: float = 0.0
+    steering: tuple[Fired, ...] = ()
+    paths: Paths | None = None
 
     def counts(self) -> dict[str, int]:
-        """All but the seconds: what does not depend on the machine."""
-        counts = asdict(self)
-        del counts["seconds"]
-        return counts
+        """The counts of tokens: what does not depend on the machine."""
+        return {name: getattr(self, name) for name in COUNTS}
 
 
 class Usage:
@@ -94,6 +99,12 @@ class Usage:
         work.scored += completion
         work.attended += _triangle(prompt + completion)
         work.logits += completion
+
+    def ran(self, run: LastRun) -> None:
+        """The record of a call that has ended."""
+        work = self._now()
+        work.steering = add_up((*work.steering, *run.steering))
+        work.paths = run.paths if work.paths is None else work.paths + run.paths
 
     def _now(self) -> Work:
         return self._work.setdefault(self._label, Work())

@@ -7,6 +7,7 @@ blocks below a fork, the record counts every row by itself, so each row is decod
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch import Tensor
 from icon2_rt import Direction, Fired, LastRun, Runtime, Steering, Term
 from icon2_rt.engine import batch as engine_batch
 from icon2_rt.engine import prefill
+from icon2_rt.engine import record as record_module
 from icon2_rt.engine.batch import Batch, Manner
 from icon2_rt.engine.record import form_of
 from icon2_rt.ops import grouped_decode_attention, native
@@ -484,3 +486,35 @@ def test_the_paths_of_attention_have_names(monkeypatch):
     triton = import_module("icon2_rt.kernels.grouped_decode_attention")
     assert form_of(triton.grouped_decode_attention) == "triton"
     assert form_of(test_the_paths_of_attention_have_names) == __name__
+
+
+def test_a_step_counts_nothing(monkeypatch):
+    """The record is called when attention is laid out and when a row ends; between those a step has one increment."""
+    rt = runtime(manner=Manner(fixed=True, behind=1))
+    calls: list[list[str]] = []
+
+    def watch(frame: Any, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename == record_module.__file__:
+            calls[-1].append(frame.f_code.co_name)
+
+    def profiled(name: str) -> None:
+        whole = getattr(Batch, name)
+
+        def part(batch: Batch) -> Any:
+            calls.append([])
+            before = sys.getprofile()
+            sys.setprofile(watch)
+            try:
+                return whole(batch)
+            finally:
+                sys.setprofile(before)
+
+        monkeypatch.setattr(Batch, name, part)
+
+    for name in ("launch", "results"):
+        profiled(name)
+    rt.generate_pairs(PROMPTS, positive=0.5 * A, negative=MIX.with_scope("all"), **GREEDY)
+    assert len(calls) == 2 * 12
+    assert calls[0] == ["shared"]
+    assert calls[1:] == [[]] * 23
+    assert dict(last_run(rt).paths.plain_steps) == {"no CUDA device": 12}

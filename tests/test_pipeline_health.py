@@ -226,6 +226,7 @@ GOOD: dict[str, Any] = {
         **{side: {"cut_off": 0.0, "empty": 0.0, "repetition": 0.0} for side in ("chosen", "rejected")},
     },
     "rendering": {"responses": 100, "as_written": 1.0, "reasons": {}},
+    "steering": {"rows": 200, "idle": 0, "blocks": 2, "tokens": 4000, "total": 8000},
     "separability": {"accuracy": 0.6, "separated_after": None},
     "effect": {
         "pairs": 50,
@@ -244,6 +245,7 @@ BAD = {
     "criteria": ("consistency.histogram", {"a": 95, "b": 5}, "a"),
     "calibrated": ("strengths.calibration.positive_beats_negative", 0.5, ""),
     "dose": ("strengths.dose.negative", [None, 0.7], "negative"),
+    "acted": ("steering", {"rows": 199, "idle": 1, "blocks": 2, "tokens": 4000, "total": 8000}, "199 of 200"),
     "identical": ("pairs.identical", 0.3, ""),
     "identical_common": ("pairs", {**GOOD["pairs"], "identical": 0.6, "same_draws": True}, ""),
     "length": ("pairs.length_ratio", 0.5, "rejected longer"),
@@ -291,6 +293,13 @@ def test_each_check_turns_red_alone_and_says_what_to_do(key: str) -> None:
     [warning] = checks.warnings([*found.values()])
     assert checks.RULES[key].title in warning
     assert checks.RULES[key].todo in warning
+
+
+def test_pairs_of_which_none_was_steered_are_red_and_old_runs_have_no_such_check() -> None:
+    nothing = {"rows": 0, "idle": 0, "blocks": 0, "tokens": 0, "total": 0}
+    [check] = [check for check in checks.examine(_with("steering", nothing)) if check.key == "acted"]
+    assert (check.status, check.shown) == ("red", "0 % (0 of 0)")
+    assert "acted" not in {check.key for check in checks.examine(_with("steering", None))}
 
 
 @pytest.mark.parametrize("rule", checks.RULES.values(), ids=list(checks.RULES))

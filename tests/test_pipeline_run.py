@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from icon2_rt import Direction, DirectionSet, Runtime
+from icon2_rt.outputs import Fired, Paths
 from icon2_rt.pipeline import dataset
 from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.loading import load_runtime
 from icon2_rt.pipeline.runner import RunResult, find_strengths, run
 from icon2_rt.pipeline.templates import chat_frame
@@ -107,6 +109,41 @@ def test_nothing_is_lost_or_doubled_on_the_way(finished: RunResult) -> None:
     assert sum(finished.report["consistency"]["histogram"].values()) == drawn["clean"]
     assert finished.manifest["finished"] is True
     assert finished.manifest["counts"] == counts
+
+
+def test_what_ran_and_how_much_steering_acted_is_in_the_manifest_and_the_report(finished: RunResult) -> None:
+    """The steering is that of the dataset's own responses: each on its tokens, at the two controlled blocks."""
+    ran = finished.manifest["ran"]
+    records = list(finished.records())
+    tokens = {side: sum(r[f"{side}_tokens"] for r in records) for side in ("chosen", "rejected")}
+    acted = [Fired.from_dict(one) for one in ran["pairs"]["steering"]]
+    for branch, side in (("branches[0]", "chosen"), ("branches[1]", "rejected")):
+        mine = [fired for fired in acted if fired.branch == branch]
+        assert {fired.direction for fired in mine} == {r["criterion"] for r in records}
+        assert sum(fired.rows for fired in mine) == len(records)
+        assert sum(fired.tokens for fired in mine) == tokens[side]
+        assert {fired.layers for fired in mine} == {tuple(finished.report["strengths"]["layers"])}
+    both = sum(tokens.values())
+    layers = len(finished.report["strengths"]["layers"])
+    figures = {"rows": 2 * len(records), "idle": 0, "blocks": layers, "tokens": both, "total": both * layers}
+    assert finished.report["steering"] == figures
+    assert f"{2 * len(records):,} responses × {layers:,} blocks × {both:,} tokens" in (
+        finished.path / "report.html"
+    ).read_text(encoding="utf-8")
+    assert {check["key"]: check["status"] for check in finished.report["checks"]}["acted"] == "green"
+    assert ran["synthesis"]["steering"] == ran["figures"]["steering"] == []
+    for step in ("features", "directions", "synthesis", "scoring", "pairs", "figures"):
+        assert ran[step]["paths"]["prefill_attention"] == "sdpa"
+        assert ran[step]["paths"]["prefill_passes"] > 0
+    paths = Paths.from_dict(ran["pairs"]["paths"])
+    assert paths.to_dict() == ran["pairs"]["paths"]
+    assert paths.captured_steps + paths.repeated_steps + sum(paths.plain_steps.values()) > 0
+
+
+def test_what_ran_decides_no_digest() -> None:
+    cost: dict[str, Any] = {"pairs": 3, "cost": {"pairs": {"decoded": 5}}}
+    one, two, three = (Artifact("x", {"f": "0"}, {}, facts) for facts in (cost, cost | {"ran": {"pairs": 1}}, {}))
+    assert one.digest == two.digest != three.digest
 
 
 def test_records_are_well_formed(finished: RunResult, rt: Runtime) -> None:
@@ -570,6 +607,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from icon2_rt.outputs import Fired, Paths
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline import run
 

@@ -151,6 +151,14 @@ RULES: dict[str, Rule] = {
         "pairs say whether it did.",
         "Lower the strengths, or leave out the early blocks, where states are short.",
     ),
+    # Every steered response has its last prompt token steered: one without is a fault, among half a million too.
+    "acted": Rule(
+        "Strengths", "Steered responses on which the steering acted", 1.0, 0.999998,
+        "Counted by the engine: the positions and blocks at which each term acted. A response without any is an "
+        "unsteered one under a steered one's name.",
+        "Look at the strengths, at the blocks of the directions, and at what ran in manifest.json. Strengths that "
+        "cannot act are refused before a run, so if nothing explains it, report it.",
+    ),
     "identical": Rule(
         "Pairs", "Identical pairs", 0.05, 0.1,
         "Pairs that teach nothing. Two responses that are drawn independently come out the same only if the "
@@ -273,6 +281,9 @@ def examine(report: Mapping[str, Any]) -> list[Check]:
         if any(doses.values()):
             side = max(doses, key=lambda s: max(doses[s], default=0))
             add("dose", max(doses[side]), side)
+    if (steering := report.get("steering")) is not None:
+        rows = steering["rows"] + steering["idle"]
+        add("acted", steering["rows"] / rows if rows else 0.0, f"{steering['rows']} of {rows}")
     if report["pairs"]["pairs"]:
         _pairs(report["pairs"], add)
     if rendering := report.get("rendering"):

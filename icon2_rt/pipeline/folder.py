@@ -23,6 +23,9 @@ from typing import Any
 from icon2_rt.atomic import remove_partial, write_atomic
 from icon2_rt.pipeline.files import sha256, to_json
 
+# The fact that says which code ran: it decides no byte.
+RAN = "ran"
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -34,9 +37,14 @@ class Artifact:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """The facts without the one that only says which code ran."""
+        return {key: value for key, value in self.facts.items() if key != RAN}
+
+    @property
     def digest(self) -> str:
-        """Changes whenever any byte of its files or facts does."""
-        return sha256(to_json([dict(self.files), dict(self.facts)]))
+        """Changes whenever any byte of its files or figures does."""
+        return sha256(to_json([dict(self.files), self.figures]))
 
 
 class RunFolder:

@@ -12,9 +12,11 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from icon2_rt.pipeline.acted import how_much
 from icon2_rt.pipeline.charts import Axis, Series, colours_and_charts, histogram, lines, style
 from icon2_rt.pipeline.checks import ORDER, RULES
 from icon2_rt.pipeline.costs import ASIDE, by_step
+from icon2_rt.pipeline.folder import RAN
 from icon2_rt.pipeline.health import histograms
 from icon2_rt.pipeline.ladder_plot import ladder_charts
 
@@ -231,7 +233,9 @@ def _strengths(report: Mapping[str, Any]) -> str:
         *_ladder(strengths.get("calibration")),
     ]
     table = _table(["", "γ⁺ (chosen)", "γ⁻ (rejected)"], rows)
-    where = f'<p class="dim">In residual units, after {_blocks(layers)}.</p>'
+    ran = report.get("steering")
+    acted = f" Steering acted on {how_much(ran)}." if ran else ""
+    where = f'<p class="dim">In residual units, after {_blocks(layers)}.{acted}</p>'
     return f'{where}{table}<div class="figures">{"".join(figures)}</div>'
 
 
@@ -437,7 +441,7 @@ def _making(manifest: Mapping[str, Any]) -> str:
     shown = {
         "config": identity["config"],
         **{key: identity[key] for key in ("model", "versions", "machine") if key in identity},
-        **{key: manifest[key] for key in ("sampling", "seeds") if key in manifest},
+        **{key: manifest[key] for key in ("sampling", "seeds", RAN) if key in manifest},
     }
     prompts = ""
     if criteria:
@@ -450,7 +454,7 @@ def _making(manifest: Mapping[str, Any]) -> str:
     text = escape(json.dumps(shown, indent=2, ensure_ascii=False))
     return (
         f"{f'<ul>{notes}</ul>' if notes else ''}{prompts}"
-        f"<details><summary>Settings, versions, seeds (manifest.json)</summary><pre>{text}</pre></details>"
+        f"<details><summary>Settings, versions, seeds, what ran (manifest.json)</summary><pre>{text}</pre></details>"
     )
 
 

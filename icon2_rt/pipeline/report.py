@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from icon2_rt.pipeline import checks, dataset, health, rendering, separability
+from icon2_rt.pipeline import acted, checks, dataset, health, rendering, separability
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.effect import token_ids
 from icon2_rt.pipeline.folder import Artifact
@@ -41,7 +41,8 @@ def compose(
             "cosines": health.similarities(direction_set),
         },
         "consistency": {"scale": job.config.filter.scale, **{key: kept.facts[key] for key in keys}},
-        "strengths": dict(strengths.facts),
+        "strengths": strengths.figures,
+        "steering": acted.on_pairs(shards),
         **sections,
         "effect": effect,
     }
@@ -106,6 +107,7 @@ def card(config: RunConfig, report: Mapping[str, Any]) -> str:
         f"- strengths in residual units, {how}: γ⁺ {_gamma(strengths['positive'])}, "
         f"γ⁻ {_gamma(strengths['negative'])}, "
         f"after blocks {strengths['layers'][0]} to {strengths['layers'][-1]} (0-based)",
+        *([f"- steering acted on {acted.how_much(steering)}"] if (steering := report["steering"]) else []),
         f"- identical pairs {pairs['identical']:.1%}, length ratio chosen/rejected {pairs['length_ratio']:.2f}, "
         f"cut off {pairs['chosen']['cut_off']:.1%} / {pairs['rejected']['cut_off']:.1%}",
     ]

@@ -15,10 +15,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from icon2_rt.pipeline import comparison, costs, dataset, manifest, page, stages
+from icon2_rt.pipeline import acted, comparison, costs, dataset, manifest, page, stages
 from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.files import to_json
-from icon2_rt.pipeline.folder import RunFolder
+from icon2_rt.pipeline.folder import RAN, RunFolder
 from icon2_rt.pipeline.ladder_plot import ladder_svg
 from icon2_rt.pipeline.loading import find_frame, instruction_room, load_runtime, look, rendering
 from icon2_rt.pipeline.preflight import preflight
@@ -129,7 +129,7 @@ def find_strengths(
         strong, _ = timed("strengths", lambda: stages.strengths(job, directions, feature_list, direction_set))
         folder.write_result("calibration.svg", ladder_svg(strong.facts["calibration"]).encode())
         folder.log("calibrated")
-        return strong.facts
+        return strong.figures
 
 
 class _Work:
@@ -200,10 +200,11 @@ class _Work:
         """Write what is made from the artifacts alone, and say that the run is whole."""
         folder = self._folder
         report = {**report, "costs": costs.account(folder.artifacts(), self.job.rt.spec, report["counts"]["pairs"])}
+        ran = acted.by_step(folder.artifacts())
+        finished = {**self.about, "counts": report["counts"], RAN: ran, "finished": True}
         folder.write_result("report.json", to_json(report))
-        folder.write_result("report.html", page.render(report, self.about, costs.clock(folder.path)).encode())
+        folder.write_result("report.html", page.render(report, finished, costs.clock(folder.path)).encode())
         folder.write_result("README.md", readme.encode())
-        finished = {**self.about, "counts": report["counts"], "finished": True}
         folder.write_manifest(finished)
         folder.log("finished")
         return RunResult(folder.path, report, finished, self.seconds)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from icon2_rt.pipeline import calibrate, consistency, costs, dataset, health, quality
+from icon2_rt.pipeline import acted, calibrate, consistency, costs, dataset, health, quality
 from icon2_rt.pipeline.config import SCALES, RunConfig, given_strengths
 from icon2_rt.pipeline.directions import extract
 from icon2_rt.pipeline.effect import SAMPLE
 from icon2_rt.pipeline.effect import measure as measure_effect
 from icon2_rt.pipeline.files import from_jsonl, to_json, to_jsonl
-from icon2_rt.pipeline.folder import Artifact, RunFolder
+from icon2_rt.pipeline.folder import RAN, Artifact, RunFolder
 from icon2_rt.pipeline.functions import load_function
 from icon2_rt.pipeline.instructions import RARE, REASONS, Instruction, read_instructions, synthesise, without_duplicates
 from icon2_rt.pipeline.judges import Judge, load_judge
@@ -66,13 +66,15 @@ class Job:
         inputs: Sequence[Artifact] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> Artifact:
-        """:meth:`RunFolder.write`, with what it cost: counts among its facts, seconds and memory in the log."""
+        """:meth:`RunFolder.write`, with what it cost: counts among its facts, seconds and memory in the log. How much
+        steering acted, and which code ran, are facts too."""
         work = self.rt.usage.take()
         peak = costs.peak_memory(self.rt.device)
         for step, done in work.items():
             self.folder.log("work", artifact=name, step=step, seconds=round(done.seconds, 4), peak_bytes=peak)
         cost = {step: done.counts() for step, done in work.items() if any(done.counts().values())}
-        return self.folder.write(name, files, inputs=inputs, facts={**(facts or {}), "cost": cost})
+        given = {**(facts or {}), "cost": cost, RAN: acted.facts(work)}
+        return self.folder.write(name, files, inputs=inputs, facts=given)
 
 
 @dataclass(frozen=True)
