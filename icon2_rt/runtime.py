@@ -37,7 +37,7 @@ from icon2_rt.engine import (
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
 from icon2_rt.engine.sampling import generable
 from icon2_rt.engine.turns import Stream
-from icon2_rt.extraction import ContrastStatistics
+from icon2_rt.extraction import ContrastStatistics, PairStates
 from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, LastRun, Message, PairedOutput, Prompt, Scored
 from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
@@ -726,21 +726,13 @@ class Runtime:
         if len(positive) < 2:
             raise ValueError(f"a direction needs at least 2 pairs of prompts, not {len(positive)}")
         interleaved = [tokens for pair in zip(*sides, strict=True) for tokens in pair]
-        shape = (self.spec.n_layers, self.spec.hidden_size)
-        statistics = ContrastStatistics(*shape)
-        states: dict[int, Tensor] = {}  # prompt → [n_layers, hidden]; a batch, and at most one left over from the last
-
-        def keep(rows: list[int], layer: int, h: Tensor) -> None:
-            for row, state in zip(rows, h.float().cpu(), strict=True):
-                states.setdefault(row, torch.empty(shape, dtype=torch.float32, device="cpu"))[layer] = state
-
+        statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size, self.device)
+        states = PairStates(self.spec.n_layers)
         with self._turns:
-            for _ in self._read("extract_direction", interleaved, keep, None, progress):
-                pairs = [n for n in sorted(states) if n % 2 == 0 and n + 1 in states]
-                if pairs:
-                    statistics.add(
-                        torch.stack([states.pop(n) for n in pairs]), torch.stack([states.pop(n + 1) for n in pairs])
-                    )
+            for _ in self._read("extract_direction", interleaved, states.keep, None, progress):
+                pairs = states.take()
+                if pairs is not None:
+                    statistics.add(*pairs)
         vectors, health = statistics.direction(method)
         return Direction(
             name,
