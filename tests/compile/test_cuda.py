@@ -23,7 +23,7 @@ NVCC = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin") if "
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 ROOT = CSRC.parent
-ARCHITECTURES = ("80", "90a", "100")
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # As written in the files: registers per thread, and what is on the stack, where spilled registers would be too.
 BUDGETS = {
     "sample": {"scan_kernel": Budget(64, 0, 0), "choose_kernel": Budget(128, 0, 0, stack=16)},
