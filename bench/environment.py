@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench import RESULTS, ROOT
+from icon2_rt import qualify
 from icon2_rt.versions import versions
 
 PACKAGES = ("icon2_rt", "torch", "triton", "transformers", "numpy", "safetensors")
@@ -92,7 +93,14 @@ def _gpu(where: torch.device) -> dict[str, Any]:
         "l2_mib": round(found.L2_cache_size / 2**20),
         "cuda": torch.version.cuda,
         "driver": driver,
+        "qualification": _qualification(where),
     }
+
+
+def _qualification(where: torch.device) -> dict[str, Any] | str:
+    """What the device has proven, by dtype, as ``backend="auto"`` would find it now."""
+    found = {name: qualify.stored(where, getattr(torch, name)) for name in ("bfloat16", "float16", "float32")}
+    return {name: verdict.brief() for name, verdict in found.items() if verdict is not None} or "no verdict is stored"
 
 
 def _commit() -> tuple[str | None, list[str]]:

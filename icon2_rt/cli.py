@@ -370,13 +370,30 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="With --qualify: a path, a hub id or tiny, whose sizes are tried (default: Llama-3-8B's)."),
+    ] = None,
+    qualify: Annotated[
+        bool, typer.Option("--qualify", help="Try the kernels on the GPU, or show what it has proven already.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --qualify: try even where a verdict is stored.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
     """What is installed, what can run here, what would be used and why."""
     from icon2_rt import display
-    from icon2_rt.doctor import examine
+    from icon2_rt.doctor import examine, qualified
 
-    findings = examine()
     screen = display.console()
+    if qualify:
+        verdict = qualified(model, device=device, dtype=dtype, again=again)
+        screen.print(display.qualification_table(verdict))
+        raise typer.Exit(0 if verdict.status == "proven" else 1)
+    if model is not None or again:
+        raise ValueError("MODEL and --again go with --qualify: icon2 doctor --qualify [MODEL] [--again]")
+    findings = examine()
     screen.print(display.findings_table(findings))
     missing = [finding.name for finding in findings if finding.state == "missing"]
     if missing:

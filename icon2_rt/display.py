@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from icon2_rt.demo import Judgement
 from icon2_rt.doctor import Finding
 from icon2_rt.pipeline.costs import by_step
+from icon2_rt.qualify.verdict import PREFILL, Qualification
 
 WIDTH = 100
 # Without a terminal a line about long work is printed at most this often.
@@ -407,6 +408,40 @@ def judgement_table(judgement: Judgement) -> RenderableType:
 
 def _score(score: float | None) -> str:
     return "–" if score is None else f"{score:.2f}"
+
+
+def qualification_table(verdict: Qualification) -> RenderableType:
+    """What a device has proven: a line for each form of each op, then the engine, the verdict and its place."""
+    body = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name in ("op", "form"):
+        body.add_column(name, no_wrap=True)
+    body.add_column("used")
+    body.add_column("error in fp32", justify="right")
+    body.add_column("µs by rows", justify="right")
+    body.add_column("what is wrong")
+    chosen = {**verdict.forms, PREFILL: verdict.prefill}
+    last = ""
+    for result in verdict.forms_tried:
+        used = verdict.status == "proven" and chosen.get(result.op) == result.form
+        error = "" if result.error is None else f"{result.error:.1e}"
+        times = ", ".join(f"{rows}: {micros:.1f}" for rows, micros in result.microseconds.items())
+        op = result.op if result.op != last else ""
+        last = result.op
+        wrong = Text(result.wrong or "", style="bold red")
+        body.add_row(op, result.form, "yes" if used else "", error, times, wrong)
+    for engine in verdict.engines_tried:
+        form = "with graphs" if engine.graphs else "without graphs"
+        used = verdict.status == "proven" and engine.graphs == verdict.graphs
+        times = ", ".join(f"{name}: {micros:.0f}" for name, micros in engine.microseconds.items())
+        wrong = Text(engine.wrong or "", style="bold red")
+        body.add_row("a whole engine", form, "yes" if used else "", "", times, wrong)
+    where = f"stored in {verdict.stored}" if verdict.stored else "not stored"
+    how = "read from there, not tried now" if verdict.cached else f"tried in {verdict.seconds:.0f} s"
+    style = {"proven": "bold green", "refused": "bold red", "not tried": "bold yellow"}[verdict.status]
+    lines = [Text(f"\n  {verdict.device}: {verdict.status}", style=style), Text(f"  {verdict.reason}")]
+    if verdict.status != "not tried":
+        lines.append(Text(f"  {where} ({how})", overflow="fold"))
+    return Group(body, *lines) if verdict.forms_tried else Group(*lines)
 
 
 def findings_table(findings: Sequence[Finding]) -> RenderableType:

@@ -14,11 +14,15 @@ from typing import Literal
 
 import torch
 
-from icon2_rt import ops
+from icon2_rt import ops, qualify
+from icon2_rt.engine import EngineOptions
 from icon2_rt.ops import prefill
+from icon2_rt.qualify import facts
 from icon2_rt.versions import installed
 
 State = Literal["ok", "missing", "note"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,44 @@ NEVER_RUN_ON_HARDWARE = {
 
 def examine() -> list[Finding]:
     """Everything, in the order in which it is worth reading."""
-    return [*_versions(), *_devices(), *_backends(), *_model(), *_choice()]
+    return [*_versions(), *_devices(), *_backends(), *_proven(), *_model(), *_choice()]
+
+
+def qualified(
+    model: str | None, *, device: str = "auto", dtype: str = "auto", again: bool = False
+) -> qualify.Qualification:
+    """What a CUDA device proves for a model's sizes: a stored verdict, or a trial now.
+
+    Args:
+        model: a path, a hub id or "tiny"; None: the sizes of Llama-3-8B. dtype: "auto" is the checkpoint's own.
+
+    Raises:
+        ValueError: there is no CUDA device, an unknown dtype, an unsupported architecture. OSError: no such model.
+    """
+    where = _device() if device == "auto" else torch.device(device)
+    if where.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(f"--qualify: there is no CUDA device to try the kernels on ({_why_no_cuda()})")
+    subject = _subject(model, dtype)
+    return qualify.qualify(subject, facts.read(where), asked=True, again=again)
+
+
+def _subject(model: str | None, dtype: str) -> qualify.Subject:
+    """What is tried for ``model``, with the engine's usual page sizes."""
+    names = ("float32", "bfloat16", "float16")
+    if dtype not in ("auto", *names):
+        raise ValueError(f"--dtype: must be one of auto, {', '.join(names)}, not {dtype!r}")
+    usual = EngineOptions()
+    pages = (usual.page_size, usual.split_pages, usual.max_terms)
+    if model is None:
+        return qualify.Subject(qualify.LLAMA_3_8B, "bfloat16" if dtype == "auto" else dtype, *pages)
+    from transformers import AutoConfig
+
+    from icon2_rt import models, tiny
+
+    config = AutoConfig.from_pretrained(tiny.path() if model == "tiny" else model)
+    family = models.find_family((config.architectures or [type(config).__name__])[0])
+    own = str(config.dtype or torch.bfloat16).removeprefix("torch.")
+    return qualify.Subject(models.spec_of_config(config, family), own if dtype == "auto" else dtype, *pages)
 
 
 def _versions() -> list[Finding]:
@@ -97,16 +138,36 @@ def _devices() -> list[Finding]:
     cpu = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     found = [Finding("devices", "cpu", cpu, advice=f"torch uses {torch.get_num_threads()} thread(s)")]
     if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        found.append(Finding("devices", "cuda", "none", "note", why))
+        found.append(Finding("devices", "cuda", "none", "note", _why_no_cuda()))
+        return found
     for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found.append(Finding("devices", f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB"))
+        here = facts.read(torch.device("cuda", i))
+        major, minor = here.capability
+        value = f"{here.name}, sm_{major}{minor}, {here.memory >> 30} GiB, driver {here.driver}"
+        obstacle = here.obstacle()
+        found.append(Finding("devices", f"cuda:{i}", value, "note" if obstacle else "ok", obstacle or _flash(major)))
     return found
 
 
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    here = facts.by_driver(0)
+    return (here and here.obstacle()) or "torch finds no CUDA device"
+
+
+def _flash(major: int) -> str:
+    """Which flash-attn fits the card, and whether it is there."""
+    fitting = [p for p in prefill.PATHS if p.name.startswith("flash-attn") and p.takes(major, 128)]
+    if not fitting:
+        return "no flash-attn has kernels for it: prefill takes torch's own"
+    missing = fitting[0].why_not()
+    extra = "flash" if fitting[0].name == "flash-attn 4" else "flash2"
+    return f"{fitting[0].name} is there" if missing is None else f"faster prefill: pip install 'icon2_rt[{extra}]'"
+
+
 def _backends() -> list[Finding]:
-    found = []
+    found: list[Finding] = []
     for name, why_not in ops.available(_device()).items():
         value, state = ("available", "ok") if why_not is None else ("not available", "note")
         found.append(Finding("backends", name, value, state, why_not or _BACKENDS[name]))  # type: ignore[arg-type]
@@ -115,9 +176,24 @@ def _backends() -> list[Finding]:
 
 _BACKENDS = {
     "reference": "plain PyTorch: the definition of every operation, runs everywhere",
-    "triton": "Triton kernels and CUDA graphs, for CUDA devices",
+    "triton": "Triton kernels and CUDA graphs, for CUDA devices that prove them",
     "native": f"C++, compiled at installation: {ops.native.describe()}",
 }
+
+
+def _proven() -> list[Finding]:
+    """What each CUDA device has proven, by dtype."""
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", i)
+        verdicts = {str(dtype)[6:]: qualify.stored(device, dtype) for dtype in DTYPES}
+        for dtype, verdict in verdicts.items():
+            if verdict is not None:
+                found.append(Finding("proven", f"cuda:{i} {dtype}", str(verdict), advice=verdict.stored or ""))
+        if not any(verdicts.values()):
+            advice = "the first model that is loaded tries the kernels, or icon2 doctor --qualify"
+            found.append(Finding("proven", f"cuda:{i}", "nothing yet", "note", advice))
+    return found
 
 
 def _model() -> list[Finding]:
@@ -134,13 +210,17 @@ def _model() -> list[Finding]:
 def _choice() -> list[Finding]:
     device = _device()
     why = "a CUDA device is there" if device.type == "cuda" else "there is no CUDA device"
-    backend = ops.select("auto", device).backend
+    backend: str = ops.select("auto", device).backend
     others = [name for name, reason in ops.available(device).items() if reason is None and name != backend]
     because = "the only one here"
-    if backend == "native":
+    if device.type == "cuda":
+        verdict = next((v for dtype in DTYPES if (v := qualify.stored(device, dtype)) is not None), None)
+        backend = "what the first model proves" if verdict is None else verdict.backend
+        because = "nothing is stored yet: icon2 doctor --qualify" if verdict is None else str(verdict)
+    elif backend == "native":
         because = "stored results show it right and faster than the reference on a CPU"
     elif others:
-        because = f"no stored result shows {' or '.join(others)} right and faster here"
+        because = f"no stored result shows {' or '.join(others)} right and faster on a CPU"
     return [
         Finding("would be used", "device", str(device), advice=why),
         Finding("would be used", "backend", backend, advice=because),

@@ -41,6 +41,7 @@ from icon2_rt.extraction import ContrastStatistics, PairStates
 from icon2_rt.ops import row_seeds, select
 from icon2_rt.outputs import BranchedOutput, Completion, LastRun, Message, PairedOutput, Prompt, Scored
 from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
+from icon2_rt.qualify import Qualification, Subject, choose
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
 from icon2_rt.usage import Usage
 
@@ -61,7 +62,8 @@ class Runtime:
             original is left empty, unless ``keep_model`` (twice the memory).
         tokenizer: its tokenizer; without one, prompts are token ids and completions have no text.
         device: ``"auto"`` (CUDA where there is one), or a torch device.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. ``"auto"`` is on CUDA what the device has
+            proven: the first model of some sizes tries the kernels there, once, in a process of its own (docs/gpu.md).
         kv_memory: bytes (or ``"8GiB"``) for KV pages; None: half of the free RAM, or what a GPU has free beside the
             weights and all that a call needs (:class:`icon2_rt.engine.kv.Reserve`).
         max_rows: rows decoded together; further ones wait. page_size: tokens a KV page.
@@ -69,6 +71,10 @@ class Runtime:
             None: 2048, or 512 on a GPU of less than 16 GB.
         cuda_graphs: replay a decode step as one graph where the device and the backend can.
         max_directions, max_terms: the direction bank's slots, and the most terms of one steering.
+
+    Attributes:
+        qualification: what the device has proven, which ``backend="auto"`` follows on CUDA; None on a CPU, and where a
+            backend was asked for by name.
 
     Raises:
         ValueError: an unsupported architecture, quantised weights, a backend that cannot run here, a bad size.
@@ -103,8 +109,12 @@ class Runtime:
         )  # fmt: skip
         family = models.family_of(model)
         where = _device(device)
-        ops = select(backend, where)
         self.spec = models.read_spec(model, family)
+        dtype = next(model.parameters()).dtype
+        # Before anything else touches the device: a trial needs it, and its memory, for itself.
+        chosen = choose(backend, where, Subject(self.spec, str(dtype)[6:], page_size, split_pages, max_terms))
+        options = replace(options, cuda_graphs=cuda_graphs and chosen.graphs)
+        self.qualification: Qualification | None = chosen.qualification
         self.fingerprint = models.fingerprint(model, self.spec)
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.tokenizer = tokenizer
@@ -114,9 +124,9 @@ class Runtime:
             options = replace(options, prefill_chunk=default_prefill_chunk(where))
         self.options = options
         if kv_memory is not None:  # refused while the model is still whole
-            plan_pages(self.spec, page_size, next(model.parameters()).dtype, where, kv_memory)
+            plan_pages(self.spec, page_size, dtype, where, kv_memory)
         weights = models.take_weights(model, family, where, keep_model)
-        self._engine = Engine(Model(self.spec, weights, ops), options)
+        self._engine = Engine(Model(self.spec, weights, chosen.ops), options)
         self._turns = self._engine.turns
         self._encoder = Encoder(tokenizer, self.spec.vocab_size, self.spec.max_length)
         self._warned: set[str] = set()
@@ -242,7 +252,8 @@ class Runtime:
         s = self.spec
         return (
             f"Runtime({self.name!r}, {s.family}, {s.n_layers} blocks × {s.hidden_size}, {str(self.dtype)[6:]} on "
-            f"{self.device}, backend {self.backend}, {self.kv_pages} KV pages of {self.page_size})"
+            f"{self.device}, backend {self.backend}, {self.kv_pages} KV pages of {self.page_size}"
+            + (f", {self.qualification})" if self.qualification is not None else ")")
         )
 
     # ---------------------------------------------------------------- generating

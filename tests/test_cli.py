@@ -391,3 +391,13 @@ def test_names_in_brackets_are_shown_as_they_are(icon2: Icon2, tmp_path: Path) -
     code, text, err = icon2("instructions", "tiny", "-n", 4, "--out", folder / "n.jsonl")
     assert code == 0, err
     assert "[/red]" in text
+
+
+def test_doctor_qualifies_only_where_there_is_a_gpu(icon2: Icon2) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    _refused(icon2("doctor", "--qualify"), "--qualify: there is no CUDA device to try the kernels on")
+    _refused(icon2("doctor", "tiny"), "go with --qualify")
+    _refused(icon2("doctor", "--again"), "go with --qualify")

@@ -5,6 +5,7 @@ The trials here are small scripts that say what a trial says. What a real one do
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -21,11 +22,12 @@ from typing import Any
 import pytest
 import torch
 
-from icon2_rt import ops, qualify
+from icon2_rt import Runtime, models, ops, qualify
 from icon2_rt.models import DecoderSpec
 from icon2_rt.ops import launching
 from icon2_rt.qualify import DeviceFacts, Entry, Limits, Qualification, Subject, cache, facts, gate
 from icon2_rt.qualify.verdict import EngineResult, FormResult, choose_forms, choose_prefill, share
+from tests.models import FAMILIES, tiny_llama
 
 SPEC = DecoderSpec("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, None, 1e-5, 1.0, False)
 SUBJECT = Subject(SPEC, "bfloat16")
@@ -764,7 +766,7 @@ def test_choose_asks_only_for_auto_on_cuda(monkeypatch):
 
 def test_facts_of_a_machine_without_a_driver(monkeypatch):
     monkeypatch.setattr(facts.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    assert facts._by_driver(0, {}) is None
+    assert facts.by_driver(0) is None
 
 
 def test_facts_by_the_driver_make_no_context(monkeypatch):
@@ -789,7 +791,7 @@ def test_facts_by_the_driver_make_no_context(monkeypatch):
             return call
 
     monkeypatch.setattr(facts.ctypes, "CDLL", lambda name: Driver())
-    found = facts._by_driver(1, {"torch_cuda": "13.0", "hip": None, "mps": False})
+    found = facts.by_driver(1)
     assert found is not None
     assert (found.name, found.index, found.capability, found.memory) == ("Test GPU", 1, (9, 0), 80 << 30)
     assert (found.driver_cuda, found.compute_mode) == ((13, 0), "exclusive")
@@ -803,3 +805,162 @@ def test_an_engine_that_was_never_reached_proves_nothing():
     assert verdict.status == "refused" and "not reached" in verdict.reason
     verdict = qualify.verdict.conclude(_tried(), [EngineResult(True, "NaN"), EngineResult(False)], True)  # type: ignore[attr-defined]
     assert verdict.status == "proven" and not verdict.graphs
+
+
+# --- where it is told -------------------------------------------------------------------------------------------------
+
+
+def proven(**changes: Any) -> Qualification:
+    forms = dict.fromkeys((*gate.ESSENTIAL, "sample"), "triton")
+    forms |= {"linear": "reference", "embed": "reference", "silu_mul": "reference"}
+    tried = (
+        FormResult("silu_mul", "triton", "1 element is off", 0.1),
+        FormResult("sample", "triton", None, 1e-7, {"2": 20.0, "16": 21.0}),
+        FormResult("prefill_attention", "sdpa", None, 1e-3, {"300": 90.0}),
+    )
+    engines = (EngineResult(False, None, {"step": 400.0, "reference": 900.0}),)
+    found = Qualification(
+        "proven", "without what was wrong here: silu_mul (triton): 1 element is off", "Test GPU", forms, "sdpa", False,
+        tried, engines, 31.0, 1.7e9,
+    )  # type: ignore[arg-type]  # fmt: skip
+    return replace(found, **changes)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Runtimes on the CPU whose device is said to have proven ``proven()``, and what was asked for it."""
+    from icon2_rt import models, runtime
+
+    order: list[Any] = []
+    take_weights = models.take_weights
+
+    def choose(backend: str, device: torch.device, subject: Subject) -> gate.Choice:
+        order.append((backend, subject))
+        return gate.Choice(ops.Ops(), False, proven())
+
+    monkeypatch.setattr(runtime, "choose", choose)
+    monkeypatch.setattr(models, "take_weights", lambda *a: order.append("weights") or take_weights(*a))
+    return order
+
+
+def test_a_runtime_follows_the_verdict_before_its_weights_move(chosen):
+    rt = Runtime(tiny_llama(), device="cpu", page_size=16, split_pages=2, max_terms=3)
+    [(backend, subject), moved] = chosen
+    assert (backend, moved) == ("auto", "weights")
+    assert subject == Subject(rt.spec, "float32", 16, 2, 3)
+    assert not rt.options.cuda_graphs
+    assert rt.qualification == proven()
+    assert "proven on this device (silu_mul reference, without graphs)" in repr(rt)
+
+
+def test_a_runtime_on_a_cpu_has_nothing_to_prove():
+    rt = Runtime(tiny_llama(), device="cpu")
+    assert rt.qualification is None and rt.options.cuda_graphs
+    assert "proven" not in repr(rt) and "tried" not in repr(rt)
+
+
+def test_runs_name_what_decides_bytes_in_their_identity_and_the_verdict_beside_it(chosen, monkeypatch):
+    """On CUDA alone: a run on a CPU has the bytes that it had."""
+    from icon2_rt.pipeline import environment, manifest
+
+    rt = Runtime(tiny_llama(), device="cpu")
+    assert "ops" not in environment.machine(rt)
+    monkeypatch.setattr(Runtime, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    found = environment.machine(rt)
+    assert found["ops"] == {"forms": dict(sorted(proven().forms.items())), "prefill": "sdpa", "graphs": False}
+    later = replace(proven(), when=1.8e9, seconds=9.0, reason="another sentence")
+    assert later.chosen == proven().chosen
+    brief = proven().brief()
+    assert (brief["status"], brief["device"], brief["when"]) == ("proven", "Test GPU", "2023-11-14T22:13:20+00:00")
+    assert "qualification" in inspect.signature(manifest.compose).parameters
+
+
+def test_benchmark_files_name_the_verdict(monkeypatch):
+    from bench import environment
+
+    found = {torch.bfloat16: proven()}
+    monkeypatch.setattr(environment.qualify, "stored", lambda device, dtype: found.get(dtype))
+    told = environment._qualification(torch.device("cuda", 0))
+    assert told == {"bfloat16": proven().brief()}
+    found.clear()
+    assert environment._qualification(torch.device("cuda", 0)) == "no verdict is stored"
+
+
+def test_ops_of_torch_use_a_stored_verdict_and_never_try(trial, monkeypatch):
+    from icon2_rt.ops import library
+
+    library._ops_for.cache_clear()
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(gate.device_facts, "read", lambda device: GPU)
+    monkeypatch.setattr(launching, "why_not", lambda: None)
+    monkeypatch.setattr(cache, "folder", lambda: trial.folder)
+    monkeypatch.setattr(gate, "qualify", lambda *a, **k: pytest.fail("a trial was started"))
+    assert library._ops_for(cuda, torch.bfloat16).backend == "reference"
+    monkeypatch.undo()
+    assert trial(RIGHT).status == "proven"
+    monkeypatch.setattr(gate.device_facts, "read", lambda device: GPU)
+    monkeypatch.setattr(launching, "why_not", lambda: None)
+    monkeypatch.setattr(cache, "folder", lambda: trial.folder)
+    library._ops_for.cache_clear()
+    assert library._ops_for(cuda, torch.bfloat16).backend == "triton"
+    assert library._ops_for(cuda, torch.float16).backend == "reference"
+    monkeypatch.setenv("ICON2_QUALIFY", "0")
+    assert qualify.stored(cuda, torch.bfloat16) is None
+    library._ops_for.cache_clear()
+
+
+def test_the_table_shows_every_form(capsys):
+    from icon2_rt import display
+
+    display.console().print(display.qualification_table(replace(proven(), stored="/cache/a.json")))
+    said = capsys.readouterr().out
+    for word in ("silu_mul", "1 element is off", "2: 20.0, 16: 21.0", "sdpa", "without graphs", "step: 400",
+                 "Test GPU: proven", "stored in /cache/a.json", "tried in 31 s"):  # fmt: skip
+        assert word in said, word
+    display.console().print(display.qualification_table(Qualification("not tried", "no compiler", "Test GPU")))
+    assert "Test GPU: not tried" in capsys.readouterr().out
+
+
+def test_doctor_tries_the_sizes_of_a_model(monkeypatch):
+    from icon2_rt import doctor
+
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.facts, "read", lambda device: GPU)
+    monkeypatch.setattr(doctor.qualify, "qualify", lambda subject, here, **k: asked.append((subject, k)) or proven())
+    assert doctor.qualified(None).status == "proven"
+    assert doctor.qualified("tiny", dtype="bfloat16", again=True).status == "proven"
+    (usual, how), (tiny, again) = asked
+    assert usual == Subject(qualify.LLAMA_3_8B, "bfloat16")
+    assert (how, again) == ({"asked": True, "again": False}, {"asked": True, "again": True})
+    assert (tiny.dtype, tiny.spec.hidden_size, tiny.spec.head_dim) == ("bfloat16", 128, 32)
+    with pytest.raises(ValueError, match="--dtype"):
+        doctor.qualified(None, dtype="int8")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_sizes_of_a_config_are_those_of_its_model(family):
+    model = FAMILIES[family]()
+    assert models.spec_of_config(model.config, models.family_of(model)) == models.read_spec(
+        model, models.family_of(model)
+    )
+
+
+def test_doctor_says_what_each_device_has_proven_and_which_flash_attention_fits(monkeypatch):
+    from icon2_rt import doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(doctor.facts, "read", lambda device: GPU)
+    verdicts = {torch.bfloat16: replace(proven(), stored="/cache/a.json")}
+    monkeypatch.setattr(doctor.qualify, "stored", lambda device, dtype: verdicts.get(dtype))
+    [found] = doctor._proven()
+    assert (found.name, found.advice) == ("cuda:0 bfloat16", "/cache/a.json")
+    verdicts.clear()
+    [found] = doctor._proven()
+    assert found.value == "nothing yet" and "--qualify" in found.advice
+    assert "[flash]" in doctor._flash(9) and "[flash2]" in doctor._flash(8)
+    assert "no flash-attn" in doctor._flash(7)
+    [_, device] = doctor._devices()
+    assert "Test GPU, sm_90, 80 GiB, driver 580.65" in device.value

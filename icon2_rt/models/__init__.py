@@ -13,6 +13,7 @@ from icon2_rt.models.decoder import (
     comparable,
     fingerprint,
     read_spec,
+    spec_of_config,
     take_weights,
 )
 from icon2_rt.models.llama import LLAMA
@@ -62,6 +63,7 @@ __all__ = [
     "load_model",
     "read_config",
     "read_spec",
+    "spec_of_config",
     "supported",
     "take_weights",
 ]

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from icon2_rt.models.checkpoint import quantisation_method
 
@@ -134,6 +134,18 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
     _check_parameters(model, family)
     if model.config.num_attention_heads % model.config.num_key_value_heads:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+    return _sizes(model, family)
+
+
+def spec_of_config(config: PretrainedConfig, family: Family) -> DecoderSpec:
+    """The sizes of the model that ``config`` describes, without its weights. What :func:`read_spec` refuses in weights
+    is not seen here."""
+    with torch.device("meta"):
+        return _sizes(AutoModelForCausalLM.from_config(config), family)
+
+
+def _sizes(model: PreTrainedModel, family: Family) -> DecoderSpec:
+    config = model.config
     return DecoderSpec(
         family=family.name,
         n_layers=config.num_hidden_layers,

@@ -1,9 +1,10 @@
 """The ops as ``torch.ops.icon2_rt.*``, for ``torch.compile``, ``torch.export`` and code of your own.
 
-Importing this module registers them (the engine calls its backend directly and does without). An op runs on the
-backend that ``"auto"`` picks for its tensors' device. Signatures are those of the functions beside this file, with what
-they take as one object spelled out field by field; what is written is declared as mutated. There are no gradients:
-a runtime decodes.
+Importing this module registers them (the engine calls its backend directly and does without). On a CPU an op runs on
+the backend that ``"auto"`` picks; on a CUDA device in the form that a stored verdict proves there for the tensors'
+dtype, else as the reference: these ops never start a trial. Signatures are those of the functions beside this file,
+with what they take as one object spelled out field by field; what is written is declared as mutated. There are no
+gradients: a runtime decodes.
 """
 
 from __future__ import annotations
@@ -19,14 +20,24 @@ from icon2_rt.ops import AttentionItems, Ops, RowSampling, RowState, RowSteering
 
 
 @cache
-def _ops(device: torch.device) -> Ops:
+def _ops_for(device: torch.device, dtype: torch.dtype) -> Ops:
+    if device.type == "cuda":
+        from icon2_rt import qualify  # this module is a face, and stands above the ops
+
+        if (verdict := qualify.stored(device, dtype)) is not None:
+            return verdict.ops()
     return select("auto", device)
+
+
+def _ops(tensor: Tensor, dtype: torch.dtype | None = None) -> Ops:
+    """The ops for ``tensor``, whose dtype is the model's unless another one is given."""
+    return _ops_for(tensor.device, dtype or tensor.dtype)
 
 
 @custom_op("icon2_rt::embed", mutates_args=())
 def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     """:func:`icon2_rt.ops.embed`."""
-    return _ops(weight.device).embed(tokens, weight)
+    return _ops(weight).embed(tokens, weight)
 
 
 @embed.register_fake
@@ -37,7 +48,7 @@ def _(tokens: Tensor, weight: Tensor) -> Tensor:
 @custom_op("icon2_rt::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`icon2_rt.ops.linear`."""
-    return _ops(x.device).linear(x, weight, bias)
+    return _ops(x).linear(x, weight, bias)
 
 
 @linear.register_fake
@@ -48,7 +59,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @custom_op("icon2_rt::silu_mul", mutates_args=())
 def silu_mul(gate_up: Tensor) -> Tensor:
     """:func:`icon2_rt.ops.silu_mul`."""
-    return _ops(gate_up.device).silu_mul(gate_up)
+    return _ops(gate_up).silu_mul(gate_up)
 
 
 @silu_mul.register_fake
@@ -79,7 +90,7 @@ def add_steer_rmsnorm(
     if given and len(given) < len(fields):
         raise ValueError("bank, count, index, alpha, beta, keep_norm and which must be given together, or none of them")
     steering = RowSteering(*given) if given else None
-    h, normed = _ops(residual.device).add_steer_rmsnorm(x, residual, weight, eps, steering, layer, measured)
+    h, normed = _ops(weight).add_steer_rmsnorm(x, residual, weight, eps, steering, layer, measured)
     return _own(h, residual), normed
 
 
@@ -101,7 +112,7 @@ def rope_append(
     slots: Tensor,
 ) -> Tensor:
     """:func:`icon2_rt.ops.rope_append`."""
-    return _ops(qkv.device).rope_append(qkv, cos, sin, q_norm, k_norm, eps, k_pages, v_pages, slots)
+    return _ops(qkv).rope_append(qkv, cos, sin, q_norm, k_norm, eps, k_pages, v_pages, slots)
 
 
 @rope_append.register_fake
@@ -130,7 +141,7 @@ def begin_step(
     unread = positions
     state = RowState(unread, positions, unread, running, unread)
     items = AttentionItems(rows, rows, splits, rows, count, splits, lengths, n_splits, split, 0)
-    slots, cos, sin = _ops(positions.device).begin_step(state, tables, page_size, inv_freq, rope_scaling, items, dtype)
+    slots, cos, sin = _ops(positions, dtype).begin_step(state, tables, page_size, inv_freq, rope_scaling, items, dtype)
     return slots, cos, _own(sin, cos)
 
 
@@ -161,7 +172,7 @@ def grouped_decode_attention(
 ) -> Tensor:
     """:func:`icon2_rt.ops.grouped_decode_attention`; ``rows`` to ``n_partials`` are the fields of its items."""
     items = AttentionItems(rows, pages, splits, layers, count, starts, lengths, n_splits, split, n_partials)
-    return _ops(q.device).grouped_decode_attention(q, k_pages, v_pages, items, scale, layer)
+    return _ops(q).grouped_decode_attention(q, k_pages, v_pages, items, scale, layer)
 
 
 @grouped_decode_attention.register_fake
@@ -193,7 +204,7 @@ def sample(
     how = RowSampling(
         sampled, seeds, temperature, top_k, top_p, min_p, repetition_penalty, seen, eos, min_tokens, budget
     )
-    _ops(logits.device).sample(logits, how, RowState(tokens, positions, generated, running, logprobs))
+    _ops(logits).sample(logits, how, RowState(tokens, positions, generated, running, logprobs))
 
 
 @sample.register_fake

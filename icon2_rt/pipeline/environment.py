@@ -22,6 +22,8 @@ def machine(rt: Runtime) -> dict[str, Any]:
     hardware: dict[str, Any]
     if device.type == "cuda":
         hardware = {"device": torch.cuda.get_device_name(device)}
+        if rt.qualification is not None:  # which forms of the ops were proven, and so used: they decide bytes
+            hardware["ops"] = rt.qualification.chosen
     else:
         hardware = {
             "device": device.type,

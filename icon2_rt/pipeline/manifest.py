@@ -23,6 +23,7 @@ from icon2_rt.versions import versions
 
 if TYPE_CHECKING:
     from icon2_rt import Runtime
+    from icon2_rt.qualify import Qualification
 
 FORMAT = 1
 
@@ -85,8 +86,10 @@ def compose(
     frame: ChatFrame,
     bands: Mapping[str, Sequence[int]],
     eos: Sequence[int],
+    qualification: Qualification | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a run that begins; its counts are added when it is finished."""
+    """The manifest of a run that begins; its counts are added when it is finished. ``qualification``: what the device
+    has proven, told beside the identity, since its times and dates decide no bytes."""
     notes = []
     if frame.default_system is not None:
         notes.append(
@@ -122,6 +125,7 @@ def compose(
         },
         "training": dict(PAPER_TRAINING),
         "notes": notes,
+        **({} if qualification is None else {"qualification": qualification.brief()}),
         "finished": False,
     }
 

@@ -179,7 +179,7 @@ class _Work:
         self.job = Job(config, folder, rt, frame, eos, bands, instruction_room(rt, frame, config), watch)
         identity |= manifest.found(rt, frame)
         manifest.refuse_another(before, identity, folder.path)
-        self.about = before or manifest.compose(config, identity, frame, bands, eos)
+        self.about = before or manifest.compose(config, identity, frame, bands, eos, rt.qualification)
         folder.write_manifest(self.about)
         rt.usage.take()  # whatever it was used for before
 

@@ -5,13 +5,14 @@ first time that a model of some sizes meets a device, :mod:`icon2_rt.trial` trie
 this package starts it, bounds it, and keeps its verdict.
 """
 
-from icon2_rt.qualify.cache import Entry, Subject, folder, proven_here
+from icon2_rt.qualify.cache import LLAMA_3_8B, Entry, Subject, folder, proven_here
 from icon2_rt.qualify.child import Limits
 from icon2_rt.qualify.facts import DeviceFacts
-from icon2_rt.qualify.gate import Choice, choose, qualify
+from icon2_rt.qualify.gate import Choice, choose, qualify, stored
 from icon2_rt.qualify.verdict import EngineResult, FormResult, Qualification
 
 __all__ = [
+    "LLAMA_3_8B",
     "Choice",
     "DeviceFacts",
     "EngineResult",
@@ -24,4 +25,5 @@ __all__ = [
     "folder",
     "proven_here",
     "qualify",
+    "stored",
 ]

@@ -81,11 +81,11 @@ def read(device: torch.device) -> DeviceFacts:
     index = device.index
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
-    about = {"torch_cuda": torch.version.cuda, "hip": torch.version.hip, "mps": _under_mps()}
-    return _by_driver(index, about) or _by_torch(index, about)
+    return by_driver(index) or _by_torch(index)
 
 
-def _by_driver(index: int, about: dict) -> DeviceFacts | None:
+def by_driver(index: int) -> DeviceFacts | None:
+    """The facts of the device of that number as the driver says them; None without a driver, or such a device."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -112,16 +112,19 @@ def _by_driver(index: int, about: dict) -> DeviceFacts | None:
         driver=_driver_version(),
         driver_cuda=(number.value // 1000, number.value % 1000 // 10),
         compute_mode=mode,
-        **about,
+        torch_cuda=torch.version.cuda,
+        hip=torch.version.hip,
+        mps=_under_mps(),
     )
 
 
-def _by_torch(index: int, about: dict) -> DeviceFacts:
+def _by_torch(index: int) -> DeviceFacts:
     """Where the driver cannot be asked directly (ROCm, another platform)."""
     found = torch.cuda.get_device_properties(index)
     return DeviceFacts(
-        found.name, index, (found.major, found.minor), found.total_memory, driver=_driver_version(), **about
-    )
+        found.name, index, (found.major, found.minor), found.total_memory, driver=_driver_version(),
+        torch_cuda=torch.version.cuda, hip=torch.version.hip, mps=_under_mps(),
+    )  # fmt: skip
 
 
 def _driver_version() -> str:

@@ -18,7 +18,7 @@ import torch
 from icon2_rt.models import DecoderSpec
 from icon2_rt.ops import Ops, launching, select
 from icon2_rt.qualify import facts as device_facts
-from icon2_rt.qualify.cache import Entry, Subject
+from icon2_rt.qualify.cache import Entry, Subject, proven_here
 from icon2_rt.qualify.child import End, Event, Limits, listen
 from icon2_rt.qualify.facts import DeviceFacts
 from icon2_rt.qualify.verdict import ESSENTIAL, EngineResult, FormResult, Qualification, conclude, named
@@ -55,6 +55,17 @@ def choose(backend: str, device: torch.device, subject: Subject) -> Choice:
             f"backend='auto' uses the plain PyTorch operations on {verdict.device}: {verdict.reason}", stacklevel=3
         )
     return Choice(verdict.ops(), verdict.graphs, verdict)
+
+
+def stored(device: torch.device, dtype: torch.dtype) -> Qualification | None:
+    """What ``device`` has proven for models of ``dtype`` by a verdict that is stored already; None where nothing is, or
+    with ICON2_QUALIFY=0. Never tries anything."""
+    if device.type != "cuda" or os.environ.get("ICON2_QUALIFY") == "0":
+        return None
+    here = device_facts.read(device)
+    if here.obstacle() is not None or launching.why_not() is not None:
+        return None
+    return proven_here(here, str(dtype).removeprefix("torch."))
 
 
 def qualify(

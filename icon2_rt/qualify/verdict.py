@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from icon2_rt.ops import Backend, Ops, assemble
@@ -98,6 +99,12 @@ class Qualification:
         odd = [f"{op} {form}" for op, form in sorted(self.forms.items()) if form != _usual(op)]
         odd += [] if self.graphs else ["without graphs"]
         return "proven on this device" + (f" ({', '.join(odd)})" if odd else "")
+
+    def brief(self) -> dict[str, Any]:
+        """The verdict for a record of something else: what was found, why, when and by which device."""
+        when = datetime.fromtimestamp(self.when, UTC).isoformat(timespec="seconds")
+        names = {"status": self.status, "reason": self.reason, "device": self.device, "when": when}
+        return {**names, **(self.chosen if self.status == "proven" else {})}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a file; where it is stored and whether it was read are of the reader, not of the verdict."""

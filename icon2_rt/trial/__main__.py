@@ -14,7 +14,7 @@ import torch
 
 from icon2_rt.models import DecoderSpec
 from icon2_rt.ops import assemble, available
-from icon2_rt.qualify.cache import Subject
+from icon2_rt.qualify.cache import LLAMA_3_8B, Subject
 from icon2_rt.qualify.verdict import EngineResult, FormResult, Qualification, choose_forms, choose_prefill, conclude
 from icon2_rt.trial.decoder import weight_bytes
 from icon2_rt.trial.forms import Effort, decoder_spec, record, said_of, try_forms, try_prefill
@@ -26,7 +26,6 @@ CPU = Effort(rows=(2,), replays=1, times=0)
 # What a trial needs beside the weights and their copy in fp32, piece by piece.
 WORKSPACE = 2 << 30
 
-LLAMA_3_8B = DecoderSpec("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, None, 1e-5, 1.0, False)
 # For a CPU, where Triton's interpreter takes milliseconds a program.
 SMALL = DecoderSpec("llama", 2, 64, 4, 2, 16, 96, 128, 512, None, 1e-5, 1.0, False)
 
