@@ -134,7 +134,7 @@ def _took(seconds: Mapping[str, float], *steps: str) -> str:
 
 def baseline_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
     counts, baseline = report["counts"]["instructions"], report["baseline"]
-    rows = [["drawn or given", counts["drawn"]], ["clean", counts["clean"]]]
+    rows = [[_came(report), counts["drawn"]], ["clean", counts["clean"]]]
     rows += [[f"  without a pair: {reason}", n] for reason, n in baseline["dropped"].items()]
     rows.append(["pairs", report["counts"]["pairs"]])
     return table(f"1. Instructions, for the baseline {baseline['recipe']}{took}", ["", "number"], rows)
@@ -171,10 +171,16 @@ def _figure(values: Sequence[float], layers: Sequence[int], key: str) -> str:
 def instructions_table(report: Mapping[str, Any], took: str = "") -> RenderableType:
     counts = report["counts"]["instructions"]
     dropped = {key: n for key, n in counts.items() if key not in ("drawn", "clean", "kept")}
-    rows = [["drawn from the model itself", counts["drawn"]]]
+    rows = [[_came(report), counts["drawn"]]]
     rows += [[f"  dropped: {key}", n] for key, n in dropped.items() if n]
     rows += [["clean", counts["clean"]], ["kept by the consistency filter", counts["kept"]]]
     return table(f"2. Instructions{took}", ["", "number"], rows)
+
+
+def _came(report: Mapping[str, Any]) -> str:
+    """Where the instructions are from."""
+    files = report.get("given", {})
+    return f"given in {files['instructions']}" if "instructions" in files else "drawn from the model itself"
 
 
 def consistency_table(report: Mapping[str, Any]) -> RenderableType:
@@ -202,7 +208,8 @@ def consistency_table(report: Mapping[str, Any]) -> RenderableType:
         "zscore": "whose direction an instruction agrees with most, each criterion on its own scale",
         "contrast": "whose two system prompts move an instruction most, relative to the other instructions",
     }.get(figures["scale"], "that the function scores highest")
-    caption = f"Scale: {figures['scale']}. c* is the criterion {what}."
+    given = ", or the one that it came with" if report.get("given", {}).get("with_criterion") else ""
+    caption = f"Scale: {figures['scale']}. c* is the criterion {what}{given}."
     return Group(
         heading("   Which criterion each instruction got"),
         Padding(body, (0, 0, 0, 2)),

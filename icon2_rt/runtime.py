@@ -244,6 +244,10 @@ class Runtime:
         before = self._encoder.encode(prompt) if len(prompt) else []
         return self._encoder.decode_behind(before, token_ids)
 
+    def encode_completion(self, text: str, prompt_ids: Sequence[int]) -> list[int]:
+        """The token ids of a text that follows ``prompt_ids``, as :meth:`score` reads a completion."""
+        return self._encoder.completion(text, prompt_ids)
+
     def message(self, chat: Sequence[Message], token_ids: Sequence[int]) -> str:
         """The content of the assistant's message that ``token_ids`` make as the answer to ``chat``."""
         return self._encoder.message(chat, self._encoder.encode(chat), token_ids)

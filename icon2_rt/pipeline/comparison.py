@@ -11,18 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icon2_rt.pipeline import baselines, checks, dataset, judges, stages
-from icon2_rt.pipeline.config import BaselineConfig, RunConfig
+from icon2_rt.pipeline.cards import given
+from icon2_rt.pipeline.config import BaselineConfig
 from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.judges import Judge, RewardModel
 from icon2_rt.pipeline.report import pair_sections
 from icon2_rt.pipeline.stages import Job, Scored
-
-MEANINGS = {
-    "criterion": "the criterion whose system prompts wrote the pair (opposing prompts; else null)",
-    **dict.fromkeys(("score", "margin", "strength_positive", "strength_negative"), "null: nothing is steered"),
-    "chosen": "the better response",
-    "rejected": "the other one",
-}
 
 
 def load_judge(job: Job) -> Judge | None:
@@ -81,29 +75,13 @@ def compose(job: Job, counts: Mapping[str, int], shards: Sequence[Artifact]) -> 
     report: dict[str, Any] = {
         "baseline": {"recipe": _settings(job).recipe, "samples": _settings(job).n_samples, "dropped": dict(dropped)},
         "counts": {"instructions": dict(counts), "pairs": sections["pairs"]["pairs"], "shards": len(shards)},
+        **({"given": files} if (files := given(job.config)) else {}),
         **sections,
     }
     found = checks.examine(report)
     reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
     lost = [f"{dropped.total()} of {counts['kept']} instructions gave no pair ({reasons})"] if dropped else []
     return {"checks": [check.to_dict() for check in found], "warnings": [*lost, *checks.warnings(found)], **report}
-
-
-def card(config: RunConfig, report: Mapping[str, Any]) -> str:
-    """The content of ``README.md`` for a baseline."""
-    assert config.baseline is not None
-    pairs, counts = report["pairs"], report["counts"]["instructions"]
-    lines = [
-        f"Made by icon2_rt from `{config.model}` with the baseline `{config.baseline.recipe}`.",
-        "",
-        f"- {report['counts']['pairs']} pairs from {counts['clean']} instructions of {counts['drawn']}",
-    ]
-    if report["counts"]["pairs"]:
-        lines.append(f"- length ratio chosen/rejected {pairs['length_ratio']:.2f}")
-    if report["warnings"]:
-        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
-    columns = {name: MEANINGS.get(name, (dataset.COLUMNS | dataset.OPTIONAL)[name]) for name in report["columns"]}
-    return dataset.card("Preference pairs of a baseline", "\n".join(lines), columns)
 
 
 def _settings(job: Job) -> BaselineConfig:

@@ -106,12 +106,11 @@ def _projections(
     rt: Runtime, records: Sequence[Mapping[str, Any]], texts: Sequence[str], directions: DirectionSet
 ) -> Tensor:
     """⟨h, u⟩ on each record's own direction, the mean over its response's positions: fp32 ``[n, n_layers]``."""
-    encode = token_ids(rt)
     prompts: list[list[int]] = []
     owner: list[int] = []
     for i, (record, text) in enumerate(zip(records, texts, strict=True)):
         before = rt.encode(record["prompt"])
-        response = encode(text)
+        response = rt.encode_completion(text, before)
         ends = {math.ceil(len(response) * (k + 1) / POSITIONS) for k in range(POSITIONS)}
         prompts += [[*before, *response[:end]] for end in sorted(ends)]
         owner += [i] * len(ends)

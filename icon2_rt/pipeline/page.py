@@ -75,7 +75,8 @@ def _head(report: Mapping[str, Any], model: str) -> str:
     if baseline:
         origin = f", by the baseline {escape(baseline['recipe'])} from {counts['clean']} instructions"
     else:
-        origin = f", from {counts['kept']} instructions kept of {counts['drawn']} drawn" if counts else ""
+        came = "given" if "instructions" in report.get("given", {}) else "drawn"
+        origin = f", from {counts['kept']} instructions kept of {counts['drawn']} {came}" if counts else ""
     return f'<p>{pairs} pairs by <b>{escape(model)}</b>{origin}. <span class="dim">Made by icon2_rt.</span></p>'
 
 
@@ -151,7 +152,8 @@ def _instructions(report: Mapping[str, Any]) -> str:
     parts = []
     if counts:
         dropped = [[f"dropped: {key}", n] for key, n in counts.items() if n and key not in ("drawn", "clean", "kept")]
-        rows: list[list[Any]] = [["drawn or given", counts["drawn"]], *dropped, ["clean", counts["clean"]]]
+        came = "given in a file" if "instructions" in report.get("given", {}) else "drawn from the model itself"
+        rows: list[list[Any]] = [[came, counts["drawn"]], *dropped, ["clean", counts["clean"]]]
         if baseline := report.get("baseline"):
             rows += [[f"without a pair: {reason}", n] for reason, n in baseline["dropped"].items()]
         else:

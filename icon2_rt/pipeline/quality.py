@@ -52,12 +52,10 @@ def projection(
     """
 
     def judge(instructions: Sequence[str], responses: Sequence[str]) -> list[float]:
-        tokenizer = rt.tokenizer
-        assert tokenizer is not None
         read = []
         for instruction, response in zip(instructions, responses, strict=True):
             before = rt.encode(frame.messages(instruction))
-            after = tokenizer.encode(response, add_special_tokens=False)
+            after = rt.encode_completion(response, before)
             read += [[*before, *after[: math.ceil(len(after) * (k + 1) / PLACES)]] for k in range(PLACES)]
         found = rt.project(read, directions)[:, :, list(layers)].mean(dim=2).unflatten(0, (-1, PLACES)).mean(dim=1)
         return [float(row[directions.names.index(name)]) for row, name in zip(found, names, strict=True)]

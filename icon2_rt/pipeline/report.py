@@ -1,4 +1,4 @@
-"""What a finished run says about itself: every health check in one table, and the dataset's card for people."""
+"""What a finished run says about itself: every figure and health check, from its artifacts alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icon2_rt.pipeline import acted, checks, dataset, health, rendering, separability
-from icon2_rt.pipeline.config import RunConfig
+from icon2_rt.pipeline.cards import given
 from icon2_rt.pipeline.effect import token_ids
 from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.stages import Job
@@ -35,6 +35,7 @@ def compose(
             "pairs": sections["pairs"]["pairs"],
             "shards": len(shards),
         },
+        **({"given": files} if (files := given(job.config)) else {}),
         "directions": {
             "names": direction_set.names,
             "health": health.direction_health(direction_set),
@@ -93,32 +94,3 @@ def _by_turns(queues: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]
     """The first of each, the second of each …: no choosing of pretty ones."""
     rounds = max((len(queue) for queue in queues), default=0)
     return [queue[i] for i in range(rounds) for queue in queues if i < len(queue)]
-
-
-def card(config: RunConfig, report: Mapping[str, Any]) -> str:
-    """The content of ``README.md``: a dataset card with the figures that matter first."""
-    pairs, strengths, counts = report["pairs"], report["strengths"], report["counts"]["instructions"]
-    how = "calibrated by dose on this model" if config.calibration is not None else "as given"
-    lines = [
-        f"Made by icon2_rt from `{config.model}`: no reward model, no judge, no human labels.",
-        "",
-        f"- {pairs['pairs']} pairs from {counts['kept']} instructions kept of {counts['drawn']} drawn",
-        f"- criteria: {', '.join(f'{name} {n}' for name, n in pairs['per_criterion'].items())}",
-        f"- strengths in residual units, {how}: γ⁺ {_gamma(strengths['positive'])}, "
-        f"γ⁻ {_gamma(strengths['negative'])}, "
-        f"after blocks {strengths['layers'][0]} to {strengths['layers'][-1]} (0-based)",
-        *([f"- steering acted on {acted.how_much(steering)}"] if (steering := report["steering"]) else []),
-        f"- identical pairs {pairs['identical']:.1%}, length ratio chosen/rejected {pairs['length_ratio']:.2f}, "
-        f"cut off {pairs['chosen']['cut_off']:.1%} / {pairs['rejected']['cut_off']:.1%}",
-    ]
-    if report["warnings"]:
-        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in report["warnings"])]
-    columns = dataset.columns_of(dict.fromkeys(report["columns"]))
-    return dataset.card("Steered preference pairs", "\n".join(lines), columns)
-
-
-def _gamma(by_criterion: Mapping[str, float]) -> str:
-    """One number where all criteria have the same strength, else each with its name."""
-    if len(set(by_criterion.values())) == 1:
-        return f"{next(iter(by_criterion.values())):.4g}"
-    return " / ".join(f"{gamma:.4g} ({name})" for name, gamma in by_criterion.items())

@@ -15,14 +15,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from icon2_rt.pipeline import acted, comparison, costs, dataset, manifest, page, stages
+from icon2_rt.pipeline import acted, cards, comparison, costs, dataset, manifest, page, stages
 from icon2_rt.pipeline.config import RunConfig, controlled_bands
 from icon2_rt.pipeline.files import to_json
 from icon2_rt.pipeline.folder import RAN, RunFolder
 from icon2_rt.pipeline.ladder_plot import ladder_svg
 from icon2_rt.pipeline.loading import find_frame, instruction_room, load_runtime, look, rendering
 from icon2_rt.pipeline.preflight import preflight
-from icon2_rt.pipeline.report import card, compose
+from icon2_rt.pipeline.report import compose
 from icon2_rt.pipeline.stages import Job, Watch, silent
 from icon2_rt.pipeline.templates import ChatFrame
 
@@ -96,7 +96,7 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
             raw, scored = timed("instructions", lambda: stages.instructions(job, None, None))
             shards, counts = timed("pairs", lambda: comparison.pairs(job, raw, scored, judge))
             report = comparison.compose(job, counts, shards)
-            return work.finish(report, comparison.card(job.config, report))
+            return work.finish(report, cards.baseline_card(job.config, report))
         features, feature_list = timed("feature instructions", lambda: stages.feature_instructions(job))
         directions, direction_set = timed("directions", lambda: stages.directions(job, features, feature_list))
         raw, scored = timed("instructions", lambda: stages.instructions(job, directions, direction_set))
@@ -108,7 +108,7 @@ def run(config: RunConfig, out: str | Path, *, watch: Watch = silent, rt: Runtim
 
         effect = timed("effect", lambda: stages.effect(job, directions, shards, direction_set, strengths))
         report = compose(job, direction_set, features, kept, strong, shards, effect)
-        return work.finish(report, card(job.config, report))
+        return work.finish(report, cards.card(job.config, report))
 
 
 def find_strengths(
