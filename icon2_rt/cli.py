@@ -123,7 +123,8 @@ def directions(
     criteria: Annotated[Path, typer.Option(help="TOML: a table per criterion with positive and negative prompts.")],
     out: Annotated[Path, typer.Option(help="Where to write them: a .safetensors file.")],
     instructions: Annotated[
-        Path | None, typer.Option(help="Feature instructions, .txt or .jsonl; by default the model writes its own.")
+        Path | None,
+        typer.Option(help="Feature instructions, .txt, .jsonl, .csv …; by default the model writes its own."),
     ] = None,
     features: Annotated[int, typer.Option("-n", "--features", help="How many the model writes.")] = 256,
     method: Annotated[str, typer.Option(help="pca or mean_difference.")] = "pca",
@@ -204,7 +205,9 @@ def instructions(
 def pairs(
     model: Model,
     directions: Annotated[Path, typer.Option(help="Directions, .safetensors or .gguf.")],
-    instructions: Annotated[Path, typer.Option(help="Instructions, .jsonl or .txt; a criterion in it is respected.")],
+    instructions: Annotated[
+        Path, typer.Option(help="Instructions, .txt, .jsonl, .csv …; a criterion in it is respected.")
+    ],
     out: Annotated[Path, typer.Option(help="Run folder.")],
     positive: Annotated[float, typer.Option(help="Strength γ⁺, in residual units.")] = 0.1,
     negative: Annotated[float, typer.Option(help="Strength γ⁻, in residual units.")] = -0.05,

@@ -223,3 +223,16 @@ def test_page_card_and_screen_agree_on_where_instructions_are_from(files: Path, 
     assert page.render(result.report, result.manifest) == page.render(
         json.loads((tmp_path / "run/report.json").read_bytes()), result.manifest
     )
+
+
+def test_the_documents_call_required_what_is() -> None:
+    document = (Path(__file__).parent.parent / "docs/method.md").read_text()
+    table = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", document, re.MULTILINE))
+    assert len(table) > 60
+    complete: dict[str, Any] = {"model": "tiny", "baseline": {"recipe": "self_refine"}}
+    RunConfig.from_dict(complete)  # all other keys can be left out
+    for key in (key for key, default in table.items() if default == "required"):
+        section, _, name = key.rpartition(".")
+        without = {**complete, section: {}} if section else {k: v for k, v in complete.items() if k != name}
+        with pytest.raises(ValueError, match=rf"{key}: is missing, and there is no default"):
+            RunConfig.from_dict(without)
