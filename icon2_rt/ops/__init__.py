@@ -179,7 +179,10 @@ def assemble(chosen: Mapping[str, Backend], path: str | None = None) -> Ops:
         if op not in _OPS or backend not in BACKENDS:
             raise ValueError(f"op {op!r} in form {backend!r}: ops are {list(_OPS)}, forms {list(BACKENDS)}")
         if backend != "triton":
-            changes[op] = getattr(Ops() if backend == "reference" else native_cuda_ops(), op)
+            source = Ops() if backend == "reference" else native_cuda_ops()
+            # With all that is said of it beside: the field sample_scratch, say, belongs to the field sample.
+            belongs = (f.name for f in fields(Ops) if f.name == op or f.name.startswith(f"{op}_"))
+            changes |= {name: getattr(source, name) for name in belongs}
     if path is not None:
         changes["prefill_attention"] = partial(prefill_attention, attend=prefill.path(path).attend)
     name: Backend = "native" if "native" in chosen.values() else "triton"
