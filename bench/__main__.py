@@ -19,8 +19,8 @@ def micro(arguments: Sequence[str]) -> None:
 
 
 ONE = (
-    "backends", "pairs", "memory", "micro", "crossover", "qualify", "step", "overhead", "sanitize", "targets", "proof",
-    "training", "seconds", "results",
+    "backends", "pairs", "memory", "micro", "crossover", "host", "qualify", "step", "overhead", "sanitize", "targets",
+    "proof", "training", "seconds", "results",
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def main() -> None:
         run("pairs", ["--model", model])
         run("memory", ["--model", model])
     run("crossover")
+    run("host")
     run("results")
 
 

@@ -546,6 +546,48 @@ def _bills(costs: dict[str, Any], pairs: int) -> str:
     return text
 
 
+def _host(record: dict[str, Any]) -> str:
+    """One table, a column for each version of the code in the file."""
+    runs = record["runs"]
+    names = sorted(runs, key=lambda name: runs[name]["environment"]["date"])
+    rows: dict[str, list[str]] = {}
+
+    def add(what: str, value: str) -> None:
+        rows.setdefault(what, []).append(value)
+
+    for name in names:
+        f = runs[name]["figures"]
+        for s in f["seating"]:
+            add(f"copies up to seat {s['pairs']} pair(s) of {s['prompt']} tokens", f"{s['count'].get('up', 0)}")
+        mean, layout = f["steps"]["mean"], f["steps"]["layout"]["count"]
+        many = f"{f['steps']['steps']} steps of {f['steps']['pairs']} pairs"
+        add(f"copies up / down a step, mean of {many}", f"{mean.get('up', 0):.2f} / {mean.get('down', 0):.2f}")
+        add("copies up in a step that lays out anew", f"{layout.get('up', 0)}")
+        for p in f["prefill"]:
+            counts = ", ".join(f"{n} {kind}" for kind, n in sorted(p["count"].items())) or "0"
+            add(f"copies of a prefill pass, {p['prompts']} prompt(s), scope {p['scope']}", counts)
+        for x in f["layout"]:
+            where = f"{x['pairs']} pairs × {x['prompt']} tokens"
+            for kind, text in (("steady", "the same rows"), ("joined", "a pair has joined")):
+                add(f"ms of a layout, {where}, {text}", _spread(x["milliseconds"][kind], 2))
+            add(f"calls of a layout, {where}", f"{x['calls']}")
+        step = f["step"]
+        add(f"µs of the host for a step of {step['rows']} rows", _spread(step["microseconds"], 0))
+        add(f"calls for a step of {step['rows']} rows", f"{step['calls']:.0f}")
+        for a in f["admission"]:
+            add(
+                f"prefill passes / pairs a pass / steps, {a['pairs']} pairs of mixed lengths, {a['seats']} seats",
+                f"{a['passes']} / {a['pairs_per_pass']:.1f} / {a['steps']}",
+            )
+    commits = ", ".join(f"{name}: {(runs[name]['environment']['commit'] or 'unknown')[:12]}" for name in names)
+    return (
+        "Steps and prefill are stubs, so that what is left is the host's work; the sizes are Llama-3-8B's. A copy that "
+        "is *blocking* waits for the device. Calls are the functions that the interpreter calls, Python's and C's: the "
+        "same in every run, while the clock's times (median, least to most) grow with other work on the machine. "
+        f"Commits: {commits}.\n\n" + _table(["", *names], [[what, *values] for what, values in rows.items()])
+    )
+
+
 SECTIONS = (
     ("proof", "The method, where the truth is known", _proof),
     ("training", "Training on the pairs, and what they cost", _training),
@@ -557,6 +599,7 @@ SECTIONS = (
     ("backends", "The backends of a CPU beside each other", _backends),
     ("pairs", "Pairs per second, end to end", _pairs),
     ("memory", "Peak memory of a pair beside two single runs", _memory),
+    ("host", "What the host does", _host),
     ("micro", "The ops one by one", _micro),
 )
 
