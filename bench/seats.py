@@ -108,7 +108,7 @@ class WithoutSteering(Batch):
 
 def without_steering(engine: Engine, usual: Batch) -> Batch:
     """A batch like ``usual``, and none of its steps knows of steering."""
-    return WithoutSteering(usual.model, usual.kv, usual.bank, usual.sizes, engine._manner)
+    return WithoutSteering(usual.model, usual.kv, usual.bank, usual.sizes, engine._manner, usual.staging)
 
 
 class Seats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from operator import index
 from typing import Any
 
@@ -26,6 +27,8 @@ class Encoder:
         self.tokenizer, self.vocab_size, self.max_length = tokenizer, vocab_size, max_length
         self.template = ChatTemplate(tokenizer)
         self._told_about_chats = False
+        # Of what stands before a text: it is asked for again with every token of a row that has stop strings.
+        self._text_of = lru_cache(maxsize=1024)(self._decode)
 
     def template_for(self, variables: Mapping[str, Any] | None) -> ChatTemplate:
         """The template with a call's own variables.
@@ -105,11 +108,20 @@ class Encoder:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._need_tokenizer("text").decode(list(ids), skip_special_tokens=True))
+        return self._decode(ids, special=False)
 
     def decode_behind(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """:func:`decode_behind` with this tokenizer."""
-        return decode_behind(self._need_tokenizer("text"), prompt_ids, ids)
+        return self._decode_behind(prompt_ids, ids, special=False)
+
+    def _decode_behind(self, prompt_ids: Sequence[int], ids: Sequence[int], special: bool) -> str:
+        def text_before(end: Sequence[int]) -> str:
+            return self._text_of(tuple(end), special)
+
+        return decode_behind(self._need_tokenizer("text"), prompt_ids, ids, special=special, text_before=text_before)
+
+    def _decode(self, ids: Sequence[int], special: bool) -> str:
+        return str(self._need_tokenizer("text").decode(list(ids), skip_special_tokens=not special))
 
     def decode_for(self, stop_strings: Sequence[str]) -> Callable[[Sequence[int], Sequence[int]], str]:
         """:meth:`decode_behind`, with the text of those special tokens that ``stop_strings`` hold."""
@@ -123,7 +135,7 @@ class Encoder:
 
         def decode(prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
             before, behind = ([i for i in part if i not in silent] for part in (prompt_ids[-4 * _CONTEXT :], ids))
-            return decode_behind(tokenizer, before, behind, special=True)
+            return self._decode_behind(before, behind, special=True)
 
         return decode
 
@@ -193,9 +205,16 @@ def named(error: Exception, where: str) -> Exception:
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}")
 
 
-def decode_behind(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int], *, special: bool = False) -> str:
+def decode_behind(
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    *,
+    special: bool = False,
+    text_before: Callable[[Sequence[int]], str] | None = None,
+) -> str:
     """The text of ``ids`` where they follow ``prompt_ids``: the decoding of all of them less the prompt's own. Special
-    tokens have none, unless ``special``.
+    tokens have none, unless ``special``. ``text_before`` decodes the prompt's own, where that is remembered.
 
     Decoded alone, a response loses its first space with tokenizers that keep it in their first token.
     """
@@ -203,11 +222,12 @@ def decode_behind(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int],
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
+    text_before = text_before or decode
     length = _CONTEXT
-    before = decode(prompt_ids[-length:])
+    before = text_before(prompt_ids[-length:])
     while not before and length < len(prompt_ids):  # special tokens have no text
         length *= 2
-        before = decode(prompt_ids[-length:])
+        before = text_before(prompt_ids[-length:])
     whole = decode([*prompt_ids[-length:], *ids])
     # A prompt that ends inside a character has another text without the response.
     return whole[len(before) :] if whole.startswith(before) else decode(ids)

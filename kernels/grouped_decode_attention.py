@@ -244,8 +244,10 @@ def grouped_decode_attention(
     memory = shared_memory(q.device)
     tile = tile_for(d, q.dtype, items.split, memory)
     d_padded = max(16, triton.next_power_of_2(d))
-    parts = torch.empty(items.n_partials, heads, d, dtype=torch.float32, device=q.device)
-    lse = torch.empty(items.n_partials, heads, dtype=torch.float32, device=q.device)
+    parts, lse = items.partials, items.partial_lse
+    if parts is None or lse is None:
+        parts = torch.empty(items.n_partials, heads, d, dtype=torch.float32, device=q.device)
+        lse = torch.empty(items.n_partials, heads, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads * d, dtype=q.dtype, device=q.device)
     split_kernel[(min(n * kv_heads, tile.resident(memory) * multiprocessors(q.device)),)](
         q,

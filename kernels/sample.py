@@ -356,6 +356,25 @@ def choose_kernel(
         tl.store(seen + row * seen_stride + token, True)
 
 
+def _parts(vocab: int) -> tuple[int, int, int]:
+    """Tokens of a block; chunks and blocks of a row."""
+    block = BLOCK
+    while triton.cdiv(vocab, block) > MAX_BLOCKS:
+        block *= 2
+    return block, triton.cdiv(vocab, max(CHUNK, block)), triton.cdiv(vocab, block)
+
+
+def _aligned(n_bytes: int) -> int:
+    """Every part of the scratch begins where an allocation of its own might: the kernels are compiled for that."""
+    return triton.cdiv(n_bytes, 256) * 256
+
+
+def scratch_bytes(rows: int, vocab: int) -> int:
+    """Bytes that :func:`sample` needs beside its arguments, for ``rows`` rows or fewer."""
+    _, n_chunks, n_blocks = _parts(vocab)
+    return 5 * _aligned(4 * rows * n_chunks) + 3 * _aligned(4 * rows * n_blocks)
+
+
 def sample(logits: Tensor, how: Any, state: Any) -> None:
     """See :func:`icon2_rt.ops.sample`. The last dimension of every tensor is contiguous, ``how`` and ``state`` all are.
 
@@ -365,23 +384,25 @@ def sample(logits: Tensor, how: Any, state: Any) -> None:
     rows, vocab = logits.shape
     if rows == 0:
         return
-    block = BLOCK
-    while triton.cdiv(vocab, block) > MAX_BLOCKS:
-        block *= 2
+    block, n_chunks, n_blocks = _parts(vocab)
     chunk, tile = max(CHUNK, block), max(1, TILE * BLOCK // block)
-    n_chunks, n_blocks = triton.cdiv(vocab, chunk), triton.cdiv(vocab, block)
     sampled = None if how.seeds is None else how.sampled
     filters = sampled is not None and any(f is not None for f in (how.top_k, how.top_p, how.min_p))
+    memory = how.scratch
+    if memory is None:
+        memory = torch.empty(scratch_bytes(rows, vocab), dtype=torch.uint8, device=logits.device)
+    used = 0
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits.device)
+    def scratch(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        nonlocal used
+        begin, used = used, used + _aligned(4 * rows * n)
+        return memory[begin : begin + 4 * rows * n].view(dtype)
 
-    raw_max, raw_sum, top, best = (scratch(rows, n_chunks) for _ in range(4))
-    winner = scratch(rows, n_chunks, dtype=torch.int32)
+    raw_max, raw_sum, top, best = (scratch(n_chunks) for _ in range(4))
+    winner = scratch(n_chunks, torch.int32)
     block_top = block_mass = listed = None
     if filters:
-        block_top, block_mass = scratch(rows, n_blocks), scratch(rows, n_blocks)
-        listed = scratch(rows, n_blocks, dtype=torch.int32)
+        block_top, block_mass, listed = scratch(n_blocks), scratch(n_blocks), scratch(n_blocks, torch.int32)
     penalties, seen = (None, None) if how.seen is None else (how.repetition_penalty, how.seen)
     seen_stride = 0 if seen is None else seen.stride(0)
     n_eos = how.eos.shape[1]

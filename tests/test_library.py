@@ -15,6 +15,7 @@ from icon2_rt.ops import RowSampling, RowState, library
 from tests.op_inputs import attention_items, rand, row_state, row_steering, settings, step_of
 
 STEERING = ("bank", "count", "index", "alpha", "beta", "keep_norm", "which")
+SAMPLING = tuple(field.name for field in fields(RowSampling) if field.name != "scratch")
 ITEMS = ("rows", "pages", "splits", "layers", "count", "starts", "lengths", "n_splits", "split", "n_partials")
 
 
@@ -42,7 +43,7 @@ def arguments(op: str) -> tuple[Any, ...]:
         return rand(3, 8 * 8), rand(3, 1, 8), rand(3, 1, 8), rand(8), rand(8), 1e-6, *pages, slots
     if op == "sample":
         how = settings(4, 30, temperature=torch.full((4,), 0.8), top_k=torch.full((4,), 7, dtype=torch.int32))
-        return rand(4, 30), *values(how), *values(row_state([9] * 4, [True, True, False, True]))
+        return rand(4, 30), *values(how, SAMPLING), *values(row_state([9] * 4, [True, True, False, True]))
     state, tables = step_of([True, True, False, True, True, True])
     items = attention_items(state, tables, 8, 4, 4)
     if op == "begin_step":
@@ -72,7 +73,8 @@ def registered(op: str) -> Callable[..., Any]:
 
 
 def test_every_op_of_a_backend_is_registered():
-    of_a_step = {field.name for field in fields(ops.Ops)} - {"backend", "fixed", "capture", "prefill_attention"}
+    about = {"backend", "fixed", "capture", "attention_partials", "sample_scratch"}  # and prefill has its own libraries
+    of_a_step = {field.name for field in fields(ops.Ops)} - about - {"prefill_attention"}
     assert of_a_step == {op.split(",")[0] for op in REGISTERED}
 
 

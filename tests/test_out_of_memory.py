@@ -28,7 +28,9 @@ def of_at_most(tokens: int, patch: pytest.MonkeyPatch) -> list[int]:
     def limited(model: Any, kv: Any, bank: Any, jobs: Any, pieces: Any, *rest: Any) -> Any:
         tried.append(sum(end - start for _, start, end in pieces))
         if tried[-1] > tokens:
-            run(model, kv, bank, jobs, pieces, rest[0], rest[1], False)  # pages are written, states are shown
+            run(
+                model, kv, bank, jobs, pieces, rest[0], rest[1], False, *rest[3:]
+            )  # pages are written, states are shown
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(model, kv, bank, jobs, pieces, *rest)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -104,18 +104,28 @@ class DirectionBank:
 
     def row_steering(self, steerings: Sequence[CompiledSteering | None]) -> RowSteering | None:
         """:meth:`lay_out` on the device, with what the host knows of it; None where no row has a steering."""
+        known = self.know(steerings)
+        if known is None:
+            return None
+        return known.on({name: torch.from_numpy(array).to(self.vectors.device) for name, array in known.arrays.items()})
+
+    def know(self, steerings: Sequence[CompiledSteering | None]) -> KnownSteering | None:
+        """:meth:`lay_out` and what the host knows of it, still on the host; None where no row has a steering."""
         table = self.lay_out(steerings)
         if not len(table.count):
             return None
-        device = self.vectors.device
         active = (table.count > 0)[table.which] & (table.which >= 0)[:, None]  # [rows, n_layers]
-        return RowSteering(
-            bank=self.vectors,
-            **{name: torch.from_numpy(array).to(device) for name, array in vars(table).items()},
-            rows=tuple(_rows_of(acts, device) for acts in active.T),
-            rescale=bool(table.keep_norm.any()),
-            additive=not table.beta.any(),
-        )
+        arrays: dict[str, np.ndarray] = dict(vars(table))
+        names: dict[bytes, str] = {}
+        rows: list[str | slice | None] = []
+        for acts in active.T:  # many blocks have the same rows
+            if acts.all() or not acts.any():
+                rows.append(slice(None) if acts.any() else None)
+                continue
+            name = names.setdefault(acts.tobytes(), f"rows {len(names)}")
+            arrays[name] = acts.nonzero()[0]
+            rows.append(name)
+        return KnownSteering(self.vectors, arrays, tuple(rows), bool(table.keep_norm.any()), not table.beta.any())
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,23 @@ class SteeringTable:
     which: np.ndarray
 
 
-def _rows_of(acts: np.ndarray, device: torch.device) -> Tensor | slice | None:
-    if not acts.any():
-        return None
-    return slice(None) if acts.all() else torch.from_numpy(acts.nonzero()[0]).to(device)
+@dataclass(frozen=True)
+class KnownSteering:
+    """A :class:`~icon2_rt.ops.RowSteering` before its ``arrays`` are on the device. ``rows`` as there, an array by its
+    name."""
+
+    bank: Tensor
+    arrays: dict[str, np.ndarray]
+    rows: tuple[str | slice | None, ...]
+    rescale: bool
+    additive: bool
+
+    def on(self, tensors: Mapping[str, Tensor]) -> RowSteering:
+        """With the arrays as tensors of the device, by the same names."""
+        return RowSteering(
+            bank=self.bank,
+            **{field.name: tensors[field.name] for field in fields(SteeringTable)},
+            rows=tuple(tensors[rows] if isinstance(rows, str) else rows for rows in self.rows),
+            rescale=self.rescale,
+            additive=self.additive,
+        )

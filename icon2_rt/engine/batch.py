@@ -1,4 +1,4 @@
-"""The running rows: who sits where, the buffers that a step reads, and the steps under way.
+"""The running rows: who sits where, what a step is given, and the steps under way.
 
 Two manners of running them. A backend that does not need fixed shapes gets exactly the rows there are, with everything
 that the host knows about them (what to skip), and its results at once. One that does (CUDA graphs) gets fixed buffers
@@ -18,33 +18,19 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
+from icon2_rt.engine.buffers import BatchSizes, Buffers, logprobs_of, sampling_of, tokens_of
 from icon2_rt.engine.forward import Model
 from icon2_rt.engine.graphs import StepGraphs, buckets
-from icon2_rt.engine.items import ItemTable, item_rows, partials_of, plan_items
+from icon2_rt.engine.items import ItemPlanner, ItemTable, partials_of
 from icon2_rt.engine.kv import KVPages
 from icon2_rt.engine.record import Record
 from icon2_rt.engine.rows import Request, Row
 from icon2_rt.engine.step import StepInputs, decode_step
-from icon2_rt.ops import AttentionItems, RowSampling, RowState, RowSteering
+from icon2_rt.engine.upload import Landing, Staging
 from icon2_rt.steering import CompiledSteering
 
 # Positions ahead for which attention items are laid out: with fixed buffers, and where every item must count at once.
 HORIZON, EXACT_HORIZON = 64, 32
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """``seats`` rows; ``partials`` places for the partial results of attention; at most ``eos`` ending tokens a row;
-    ``terms`` of a steering; ``split_pages`` pages in a split."""
-
-    seats: int
-    partials: int
-    eos: int
-    terms: int
-    split_pages: int
-
-    def hold(self, other: BatchSizes) -> bool:
-        return self.seats >= other.seats and self.partials >= other.partials and self.eos >= other.eos
 
 
 @dataclass(frozen=True)
@@ -62,26 +48,40 @@ class _UnderWay:
     """A step that was launched: its rows by seat, and where its results arrive."""
 
     rows: list[Row | None]
-    tokens: Tensor
-    logprobs: Tensor
+    slot: Tensor
     arrived: torch.cuda.Event | None
 
 
 class Batch:
     """Rows in the seats of buffers that are allocated once and keep their addresses."""
 
-    def __init__(self, model: Model, kv: KVPages, bank: DirectionBank, sizes: BatchSizes, manner: Manner):
+    def __init__(
+        self,
+        model: Model,
+        kv: KVPages,
+        bank: DirectionBank,
+        sizes: BatchSizes,
+        manner: Manner,
+        staging: Staging | None = None,
+    ):
         self.model, self.kv, self.bank, self.sizes = model, kv, bank, sizes
         self.fixed, self.behind = manner.fixed, manner.behind
         self.rows: list[Row | None] = []
         self.under_way: deque[_UnderWay] = deque()
         self.record = Record()  # of the call that this batch runs for
+        self.staging = staging or Staging(model.device)
         with torch.inference_mode(False):  # tensors made inside it could not be written to outside
-            self.buffers = _allocate(model, kv, bank, sizes)
+            self._buffers = Buffers(model, kv, bank, sizes)
+            self._landing = Landing(self._buffers.results, manner.behind + 1)
+        self.buffers = self._buffers.inputs
+        self._planner = ItemPlanner(kv.page_size, sizes.split_pages, model.spec)
         self._inputs: StepInputs | None = None
         self._repeat: Callable[[], None] | None = None  # the step of this layout, where the ops could capture it
         self._valid = 0  # steps for which the layout holds
         self._changed = True  # other rows, or rows steered otherwise, since steering and sampling were worked out
+        self._taken = 0  # seats
+        self._reserved = 0  # places for partial results that the rows could come to need
+        self._joining: dict[int, Row] = {}  # seats whose rows the device does not know yet
         self._unsteered: list[Row] = []  # whose steering begins with the next step
         self._buckets = buckets(sizes.seats)
         self._graphs = None
@@ -92,7 +92,7 @@ class Batch:
     @property
     def free_partials(self) -> int:
         """Places for partial results of attention that no row could come to need."""
-        return self.sizes.partials - sum(self.partials_of(row.request) for row in self.rows if row is not None)
+        return self.sizes.partials - self._reserved
 
     def partials_of(self, request: Request) -> int:
         """Places that one row of ``request`` needs at its end: one for each split."""
@@ -111,24 +111,33 @@ class Batch:
     # ---------------------------------------------------------------- who sits where
 
     def join(self, rows: Sequence[Row]) -> None:
-        """Give ``rows`` the lowest free seats."""
+        """Give ``rows`` the lowest free seats. The device learns of all that have joined since the last step at once,
+        before the next one."""
         free = [n for n, row in enumerate(self.rows) if row is None]
         free += range(len(self.rows), len(self.rows) + max(0, len(rows) - len(free)))
         seats = free[: len(rows)]
         self.rows += [None] * (max(seats, default=-1) + 1 - len(self.rows))
         for seat, row in zip(seats, rows, strict=True):
             self.rows[seat] = row
+            self._taken += 1
+            self._reserved += self.partials_of(row.request)
         self._write(seats)
         self._unsteered += [row for row in rows if row.steering is None]
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Free the seats of ``rows``, whatever the device makes of them meanwhile."""
         gone = {id(row) for row in rows}
+        stopped = []
         for seat, row in enumerate(self.rows):
             if row is not None and id(row) in gone:
                 self.rows[seat] = None
+                self._taken -= 1
+                self._reserved -= self.partials_of(row.request)
                 if row.finish == "stop_string":  # of every other end the device knows by itself
-                    _put(self.buffers.state.running[seat : seat + 1], np.zeros(1, dtype=bool))
+                    stopped.append(seat)
+        if stopped:
+            running, no = self.buffers.state.running.view(torch.uint8), np.zeros(len(stopped), dtype=np.uint8)
+            self.staging.send([(no[: end - begin], running[begin:end]) for begin, end in _runs(stopped)])
         while self.rows and self.rows[-1] is None:
             self.rows.pop()
         width = len(self._inputs.state.tokens) if self._inputs is not None else 0
@@ -139,7 +148,12 @@ class Batch:
     def clear(self) -> None:
         """Nobody runs; results under way are nobody's."""
         self.rows.clear()
+        self._taken = self._reserved = 0
+        for step in self.under_way:
+            self._landing.release(step.slot)
         self.under_way.clear()
+        self._joining.clear()
+        self._planner.follow([])
         self._unsteered.clear()
         self._invalidate()
         self.buffers.state.running.zero_()
@@ -147,13 +161,14 @@ class Batch:
     @property
     def sparse(self) -> bool:
         """Would a step be much cheaper if the rows sat closer together?"""
-        taken, width = sum(row is not None for row in self.rows), len(self.rows)
+        taken, width = self._taken, len(self.rows)
         return 2 * self._width(taken) <= self._width(width) if self.fixed else taken < width
 
     def close_ranks(self) -> None:
         """Move the rows to the lowest seats. Nothing may be under way: what the host knows of them is written anew."""
         self.buffers.state.running.zero_()
         self.rows = [row for row in self.rows if row is not None]
+        self._joining.clear()
         self._write(range(len(self.rows)))
 
     def _width(self, n: int) -> int:
@@ -167,29 +182,59 @@ class Batch:
         self._valid, self._changed = 0, True
 
     def _write(self, seats: Sequence[int]) -> None:
-        """Bring rows into the buffers as the host knows them; other seats are not touched."""
-        state, how, model = self.buffers.state, self.buffers.sampling, self.model
-        for begin, end in _runs(seats):
-            rows = [row for row in self.rows[begin:end] if row is not None]
-            at = slice(begin, end)
-            _put(state.tokens[at], np.array([row.token for row in rows]))
-            _put(state.positions[at], np.array([row.position for row in rows], dtype=np.int32))
-            _put(state.generated[at], np.array([len(row.tokens) for row in rows], dtype=np.int32))
-            _put(state.running[at], np.ones(len(rows), dtype=bool))
-            tables = np.zeros((len(rows), self.buffers.tables.shape[1]), dtype=np.int32)
-            for table, row in zip(tables, rows, strict=True):
-                table[: len(row.low)] = row.low
-            _put(self.buffers.tables[at], tables)
-            for name, values in sampling_of(rows, model.spec.vocab_size, self.sizes.eos).items():
-                _put(getattr(how, name)[at], values)
-        for seat in seats:
-            sitter = self.rows[seat]
-            if sitter is not None and sitter.request.sampling.repetition_penalty != 1.0:
-                seen = np.zeros(model.spec.vocab_size, dtype=bool)
-                seen[[*sitter.request.tokens, *sitter.tokens]] = True
-                assert how.seen is not None
-                _put(how.seen[seat], seen)
+        """Bring rows into the host's side of the buffers; other seats are not touched."""
+        arena, taken = self._buffers.arena, [(seat, row) for seat in seats if (row := self.rows[seat]) is not None]
+        if taken:
+            where = np.array([seat for seat, _ in taken])
+            low, high = int(where.min()), int(where.max()) + 1
+            settings = sampling_of([row for _, row in taken], self.model.spec.vocab_size, self.sizes.eos)
+            for name, values in settings.items():
+                arena.host[name][where] = values
+                width = values.size // len(taken)
+                arena.touch(name, low * width, high * width)
+            tables = arena.host["tables"]
+            for seat, row in taken:
+                tables[seat, : len(row.low)] = row.low
+                arena.touch("tables", seat * tables.shape[1], seat * tables.shape[1] + len(row.low))
+            self._joining.update(taken)
         self._invalidate()
+
+    def _bring_up(self) -> None:
+        """Bring to the device what the host has written since the last time, and seat the rows that have joined.
+
+        What a row starts from goes up with all else and is taken over by the device itself: next to it are rows that
+        run. Rows join after a prefill, so a few more launches are nothing.
+        """
+        arena, joining, state = self._buffers.arena, self._joining, self.buffers.state
+        rows = list(joining.values())
+        if joining:
+            arena.put("joining", np.array(list(joining), dtype=np.int64))
+            arena.put("join_tokens", np.array([row.token for row in rows], dtype=np.int64))
+            arena.put("join_positions", np.array([row.position for row in rows], dtype=np.int32))
+            arena.put("join_generated", np.array([len(row.tokens) for row in rows], dtype=np.int32))
+        arena.flush(self.staging)
+        if not joining:
+            return
+        n, up = len(joining), arena.device
+        seats = up["joining"][:n]
+        state.tokens.index_copy_(0, seats, up["join_tokens"][:n])
+        state.positions.index_copy_(0, seats, up["join_positions"][:n])
+        state.generated.index_copy_(0, seats, up["join_generated"][:n])
+        state.running.index_fill_(0, seats, True)
+        self._show([(s, row) for s, row in joining.items() if row.request.sampling.repetition_penalty != 1.0])
+        joining.clear()
+
+    def _show(self, taken: Sequence[tuple[int, Row]]) -> None:
+        """The tokens that the penalised rows have seen, where they are written."""
+        if not taken:
+            return
+        vocab, seen = self.model.spec.vocab_size, self.buffers.sampling.seen
+        assert seen is not None
+        ids = [np.unique([*row.request.tokens, *row.tokens]) + seat * vocab for seat, row in taken]
+        seats = np.array([seat for seat, _ in taken], dtype=np.int64)
+        up = self.staging.upload({"seats": seats, "seen": np.concatenate(ids).astype(np.int64)})
+        seen.index_fill_(0, up["seats"], False)
+        seen.view(-1).index_fill_(0, up["seen"], True)
 
     # ---------------------------------------------------------------- steps
 
@@ -207,13 +252,7 @@ class Batch:
         else:
             why = "first step of its size, captured afterwards" if self._graphs.has(width) else "no graph"
             self.record.plain_steps[why] += 1
-        state, n = self._inputs.state, len(self.rows)
-        if self.model.device.type == "cuda":
-            tokens, logprobs = (x[:n].to("cpu", non_blocking=True) for x in (state.tokens, state.logprobs))
-            arrived = _end_of_work(self.model.device)
-        else:
-            tokens, logprobs, arrived = state.tokens[:n].clone(), state.logprobs[:n].clone(), None
-        self.under_way.append(_UnderWay(list(self.rows), tokens, logprobs, arrived))
+        self.under_way.append(_UnderWay(list(self.rows), *self._landing.fetch()))
         for row in self.rows:
             if row is not None:
                 row.launched += 1
@@ -246,54 +285,53 @@ class Batch:
         step = self.under_way.popleft()
         if step.arrived is not None:
             step.arrived.synchronize()
-        results = zip(step.rows, step.tokens.tolist(), step.logprobs.tolist(), strict=True)
+        seats, n = self.sizes.seats, len(step.rows)
+        tokens, logprobs = (part(step.slot, seats)[:n].tolist() for part in (tokens_of, logprobs_of))
+        self._landing.release(step.slot)
+        results = zip(step.rows, tokens, logprobs, strict=True)
         return [(row, token, logprob) for row, token, logprob in results if row is not None and row.finish is None]
 
     def _lay_out(self) -> None:
         """Steering and attention items for the coming steps, as many as can be told now."""
         self._repeat = None
-        n, split = len(self.rows), self.kv.page_size * self.sizes.split_pages
+        split, planner = self.kv.page_size * self.sizes.split_pages, self._planner
         running = [(seat, row) for seat, row in enumerate(self.rows) if row is not None]
-        left = [row.request.positions - row.next_position for _, row in running]
+        planner.follow(running)
+        launched = np.fromiter((row.launched for _, row in running), dtype=np.int64, count=len(running))
+        positions = planner.first + launched
+        left = planner.limit - positions
+        ahead: np.ndarray | int
         if self.fixed:
-            ahead = [min(HORIZON, max(1, steps)) for steps in left]
-            self._valid = HORIZON
+            ahead, self._valid = left.clip(1, HORIZON), HORIZON
         else:
-            self._valid = min(EXACT_HORIZON, *left, *(split - row.next_position % split for _, row in running))
-            ahead = [self._valid] * len(running)
-        table = plan_items(running, ahead, self.kv.page_size, self.sizes.split_pages, self.model.spec)
+            ahead = self._valid = min(EXACT_HORIZON, int(left.min()), int((split - positions % split).min()))
+        table = planner.plan(positions, ahead)
         self.record.shared(table.rows)
-        _put_items(self.buffers.items, table)
-        steerings = [row.steering if row is not None else None for row in self.rows]
+        arena = self._buffers.arena
+        for name in ("rows", "pages", "splits", "layers", "starts"):
+            arena.put(name, getattr(table, name))
+        arena.put("items", np.array([len(table.rows)], dtype=np.int32))
+        steerings = [row.steering if row is not None else None for row in self.rows] if self._changed else []
         if self.fixed:
             if self._changed:
                 self._put_steering(steerings)
-            self._inputs = self._views(self._width(n))
+            self._bring_up()
+            self._inputs = self._views(self._width(len(self.rows)))
         else:
+            self._bring_up()
             self._inputs = self._exact(table, steerings)
         self._changed = False
 
     def _put_steering(self, steerings: Sequence[CompiledSteering | None]) -> None:
-        buffers = self.buffers.steering
-        assert buffers is not None
         table = self.bank.lay_out(steerings, self.sizes.terms)
         which = np.full(self.sizes.seats, -1, dtype=np.int32)
         which[: len(table.which)] = table.which
         for name, array in {**vars(table), "which": which}.items():
-            _put(getattr(buffers, name)[: len(array)], array)
+            self._buffers.arena.put(name, array)
 
     def _views(self, n: int) -> StepInputs:
         """The first ``n`` seats of the buffers, with nothing known about them."""
-        b = self.buffers
-        assert b.steering is not None
-        items = replace(b.items, starts=b.items.starts[:n], n_splits=b.items.n_splits[:n])
-        return StepInputs(
-            state=RowState(*(x[:n] for x in vars(b.state).values())),
-            tables=b.tables[:n],
-            items=items,
-            steering=replace(b.steering, which=b.steering.which[:n]),
-            sampling=RowSampling(*(x[:n] for x in vars(b.sampling).values())),
-        )
+        return self._buffers.of(n)
 
     def _exact(self, table: ItemTable, steerings: Sequence[CompiledSteering | None]) -> StepInputs:
         """The rows there are, and what the host knows of them."""
@@ -340,110 +378,6 @@ def _why_plain(model: Model, manner: Manner) -> str:
     if model.ops.capture is None:
         return f"backend {model.ops.backend}"
     return "a step that the extension could not record"
-
-
-def sampling_of(rows: Sequence[Row], vocab: int, n_eos: int) -> dict[str, np.ndarray]:
-    """The rows' settings under the names of :class:`~icon2_rt.ops.RowSampling`; a greedy row's filters are neutral."""
-    options = [row.request.sampling for row in rows]
-    seeds = [row.seed for row in rows]
-
-    def column(name: str, neutral: float, dtype: type) -> np.ndarray:
-        values = (neutral if seed is None else getattr(o, name) for o, seed in zip(options, seeds, strict=True))
-        return np.fromiter(values, dtype=dtype, count=len(rows))
-
-    top_k = column("top_k", 0, np.int32)
-    words = [(0, 0) if seed is None else (seed & 0xFFFFFFFF, seed >> 32) for seed in seeds]
-    eos = np.full((len(rows), n_eos), -1, dtype=np.int32)
-    for row, o in enumerate(options):
-        eos[row, : len(o.eos_token_ids)] = o.eos_token_ids
-    return {
-        "sampled": np.array([seed is not None for seed in seeds]),
-        "seeds": np.array(words, dtype=np.int64),
-        "temperature": column("temperature", 1.0, np.float32),
-        "top_k": np.where(top_k == 0, vocab, top_k).astype(np.int32),
-        "top_p": column("top_p", 1.0, np.float32),
-        "min_p": column("min_p", 0.0, np.float32),
-        "repetition_penalty": np.array([o.repetition_penalty for o in options], dtype=np.float32),
-        "eos": eos,
-        "min_tokens": np.array([max(0, row.min_tokens) for row in rows], dtype=np.int32),
-        "budget": np.array([row.request.budget for row in rows], dtype=np.int32),
-    }
-
-
-def _allocate(model: Model, kv: KVPages, bank: DirectionBank, sizes: BatchSizes) -> StepInputs:
-    """All buffers at their full size, every seat free."""
-    spec, device, seats = model.spec, model.device, sizes.seats
-    n_items = 2 * sizes.partials  # a row's split is one item below its fork and one above
-
-    def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.full(shape, value, dtype=dtype, device=device)
-
-    terms = (seats, spec.n_layers, sizes.terms)
-    return StepInputs(
-        state=RowState(
-            tokens=full(seats, dtype=torch.int64),
-            positions=full(seats),
-            generated=full(seats),
-            running=full(seats, value=False, dtype=torch.bool),
-            logprobs=full(seats, dtype=torch.float32),
-        ),
-        tables=full(seats, min(kv.n_pages, kv.pages_for(spec.max_length))),
-        items=AttentionItems(
-            rows=full(n_items, item_rows(spec), value=-1),
-            pages=full(n_items, sizes.split_pages),
-            splits=full(n_items),
-            layers=full(n_items, 2),
-            count=full(1),
-            starts=full(seats),
-            lengths=full(n_items),
-            n_splits=full(seats),
-            split=kv.page_size * sizes.split_pages,
-            n_partials=sizes.partials,
-        ),
-        steering=RowSteering(
-            bank=bank.vectors,
-            count=full(*terms[:2]),
-            index=full(*terms),
-            alpha=full(*terms, dtype=torch.float32),
-            beta=full(*terms, dtype=torch.float32),
-            keep_norm=full(seats, value=False, dtype=torch.bool),
-            which=full(seats, value=-1),
-        ),
-        sampling=RowSampling(
-            sampled=full(seats, value=False, dtype=torch.bool),
-            seeds=full(seats, 2, dtype=torch.int64),
-            temperature=full(seats, value=1.0, dtype=torch.float32),
-            top_k=full(seats, value=spec.vocab_size),
-            top_p=full(seats, value=1.0, dtype=torch.float32),
-            min_p=full(seats, dtype=torch.float32),
-            repetition_penalty=full(seats, value=1.0, dtype=torch.float32),
-            seen=full(seats, spec.vocab_size, value=False, dtype=torch.bool),
-            eos=full(seats, sizes.eos, value=-1),
-            min_tokens=full(seats),
-            budget=full(seats),
-        ),
-    )
-
-
-def _put_items(items: AttentionItems, table: ItemTable) -> None:
-    n = len(table.rows)
-    for name in ("rows", "pages", "splits", "layers"):
-        _put(getattr(items, name)[:n], getattr(table, name))
-    _put(items.starts[: len(table.starts)], table.starts)
-    _put(items.count, np.array([n], dtype=np.int32))
-
-
-def _put(target: Tensor, values: np.ndarray) -> None:
-    """Copy to the device without waiting for it: through pinned memory, which torch keeps until the copy is done."""
-    source = torch.from_numpy(values)
-    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
-
-
-def _end_of_work(device: torch.device) -> torch.cuda.Event:
-    """What has happened once all that ``device`` was given so far is done; another device may be the current one."""
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def _runs(seats: Sequence[int]) -> list[tuple[int, int]]:

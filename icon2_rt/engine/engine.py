@@ -7,31 +7,38 @@ nothing is preempted; until then it waits in order. Everything that can be refus
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.batch import Batch, BatchSizes, Manner
+from icon2_rt.engine.batch import Batch, Manner
+from icon2_rt.engine.buffers import BatchSizes
 from icon2_rt.engine.forward import Model, logits
 from icon2_rt.engine.items import ITEM_QUERIES, partials_of
 from icon2_rt.engine.kv import LEAST_PARTIALS, PARTIALS_SHARE, SCORED_ROWS, KVPages, Reserve, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.record import Record
 from icon2_rt.engine.rows import PinnedPrefix, Request, Row
+from icon2_rt.engine.stops import Decode, StopText
 from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
 from icon2_rt.engine.turns import turns_on
+from icon2_rt.engine.upload import Staging
 from icon2_rt.outputs import FinishReason
 from icon2_rt.steering import CompiledSteering
 
-# text of token ids, special tokens left out; for stop strings
-Decode = Callable[[Sequence[int], Sequence[int]], str]  # the tokens before, and those whose text is wanted
 # How many steps the device may be ahead of what the host has looked at: enough that it never waits for Python.
 _BEHIND = 3
+# A prefill pass costs the host about as much as a decode step, so groups are let in several at a time (_is_due).
+_LEAST_ROWS_ADMITTED = 4
+_LONGEST_HELD = 16  # steps
 # source page, target page, blocks
 PageCopy = tuple[int, int, slice]
 
@@ -99,6 +106,7 @@ class Engine:
             self.bank = DirectionBank(
                 options.max_directions, options.max_terms, spec.n_layers, spec.hidden_size, model.device
             )
+            self.staging = Staging(model.device)
         self._prefixes: set[PinnedPrefix] = set()
         self._batches: list[Batch] = []
         cuda = model.device.type == "cuda"
@@ -144,7 +152,8 @@ class Engine:
         pinned = self.bank.pin(b.steering for r in requests for b in r.branches)
         for prefix in prefixes:  # groups that wait need it even if its `with` block ends before the stream does
             self.kv.retain(prefix.pages)
-        waiting = deque(requests)
+        waiting = deque((request, self._plan(request)) for request in requests)
+        held = 0  # steps that groups wait although there is room for them
         groups: dict[int, list[Row]] = {}
         running: list[Row] = []
         batch = None
@@ -154,18 +163,25 @@ class Engine:
             while waiting or running:
                 if batch.sparse and not batch.under_way:
                     batch.close_ranks()
-                admitted = self._admit(waiting, len(running), batch)
-                for rows in admitted:
-                    groups[id(rows[0].request)] = rows
-                    running += rows
-                for rows in admitted:
-                    batch.join(rows)
+                fitting = self._fitting(waiting, len(running), batch)
+                if self._is_due(fitting, len(running), len(waiting), held):
+                    admitted = self._admit(fitting, batch.record)
+                    for rows in admitted:
+                        waiting.popleft()
+                        groups[id(rows[0].request)] = rows
+                        running += rows
+                        if decode is not None and (strings := rows[0].request.sampling.stop_strings):
+                            for row in rows:
+                                row.stops = StopText(strings, row.request.tokens, decode)
+                    batch.join([row for rows in admitted for row in rows])
+                    held = 0
                 if not running:  # nothing of ours will free a page: somebody else holds them
-                    self._check_free(self._plan(waiting[0]).pages)
+                    self._check_free(waiting[0][1].pages)
                 # Rows that sit far apart are moved together once nothing is under way.
                 wait = bool(batch.under_way) and batch.sparse and not waiting
                 if not wait and any(row.launched < row.request.budget for row in running):
                     batch.launch()
+                    held += bool(fitting)
                     if len(batch.under_way) <= batch.behind:
                         continue
                 done = []
@@ -179,7 +195,7 @@ class Engine:
                     row.position += 1
                     row.tokens.append(token)
                     row.logprobs.append(logprob)
-                    row.finish = _finish_reason(row, decode)
+                    row.finish = _finish_reason(row)
                     if row.finish is not None:
                         done.append(row)
                 if done:
@@ -223,7 +239,7 @@ class Engine:
             if batch.sizes.hold(sizes):
                 return self._batches.pop(n)
         self._batches.clear()  # too small, all of them: their memory goes to the new one
-        return Batch(self.model, kv, self.bank, sizes, self._manner)
+        return Batch(self.model, kv, self.bank, sizes, self._manner, self.staging)
 
     def _plan(self, request: Request) -> _Plan:
         kv = self.kv
@@ -243,36 +259,69 @@ class Engine:
             first.setdefault(steering.identity if steering else None, n)
         return fork, list(first.values())
 
-    def _admit(self, waiting: deque[Request], n_running: int, batch: Batch) -> list[list[Row]]:
-        """Take groups from the front while they fit; prefill them together."""
+    def _fitting(self, waiting: Sequence[tuple[Request, _Plan]], n_running: int, batch: Batch) -> list[Request]:
+        """The groups at the front for which there are seats, pages and places for partial results now. A group larger
+        than ``max_rows`` runs by itself."""
+        fitting: list[Request] = []
+        rows, pages, partials = n_running, self.kv.free_pages, batch.free_partials
+        seats = min(self.options.max_rows, batch.capacity)
+        for request, plan in waiting:
+            if rows and rows + plan.rows > seats:
+                break
+            rows += plan.rows
+            pages -= plan.pages
+            partials -= plan.rows * batch.partials_of(request)
+            if pages < 0 or partials < 0:
+                break
+            fitting.append(request)
+        return fitting
+
+    def _is_due(self, fitting: Sequence[Request], n_running: int, n_waiting: int, held: int) -> bool:
+        """Whether the groups that fit are let in now, by one rule that knows nothing of time: where nothing runs, where
+        they have at least ``max(4, max_rows / 8)`` rows, where no other group waits, or when they were held back for 16
+        steps."""
+        if not fitting:
+            return False
+        if not n_running or len(fitting) == n_waiting or held >= _LONGEST_HELD:
+            return True
+        rows = sum(len(request.branches) for request in fitting)
+        return rows >= max(_LEAST_ROWS_ADMITTED, self.options.max_rows // 8)
+
+    def _admit(self, requests: Sequence[Request], record: Record) -> list[list[Row]]:
+        """Give groups their pages, and prefill them together."""
         admitted: list[list[Row]] = []
         jobs: list[Prefill] = []
         copies: list[PageCopy] = []
         try:
-            while waiting:
-                request = waiting[0]
-                n_rows = n_running + sum(map(len, admitted))
-                if n_rows and n_rows + len(request.branches) > min(self.options.max_rows, batch.capacity):
-                    break
-                partials = sum(batch.partials_of(r.request) for rows in admitted for r in rows)
-                if partials + len(request.branches) * batch.partials_of(request) > batch.free_partials:
-                    break
-                if self._plan(request).pages > self.kv.free_pages:
-                    break
+            for request in requests:
                 rows, job, partly_filled = self._open(request)
                 admitted.append(rows)
-                waiting.popleft()
                 jobs.append(job)
                 copies += partly_filled
-            run_prefill(self.model, self.kv, self.bank, jobs, self.options.prefill_chunk, batch.record)
-            for source, target, blocks in copies:
-                self.kv.copy(source, target, blocks)
+            self._prefill(jobs, record)
+            self._copy(copies)
         except BaseException:
             for rows in admitted:
                 for row in rows:
                     self.kv.release(row.pages)
             raise
         return admitted
+
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        """Copy pages, none of which is a source and a target at the same blocks, all of the same blocks together."""
+        by_blocks: dict[tuple[int | None, int | None], list[tuple[int, int]]] = defaultdict(list)
+        for source, target, blocks in copies:
+            by_blocks[blocks.start, blocks.stop].append((source, target))
+        if not by_blocks:
+            return
+        pages = self.staging.upload({str(span): np.array(pairs).T for span, pairs in by_blocks.items()})
+        for span in by_blocks:
+            sources, targets = pages[str(span)].unbind()
+            self.kv.copy(sources, targets, slice(*span))
+
+    def _prefill(self, jobs: Sequence[Prefill], record: Record, **watching: Any) -> None:
+        chunk = self.options.prefill_chunk
+        run_prefill(self.model, self.kv, self.bank, jobs, chunk, record, self.staging, **watching)
 
     def _open(self, request: Request) -> tuple[list[Row], Prefill, list[PageCopy]]:
         """Give a group its pages: the rows, the prefill that fills them, and the copies that follow it, by which each
@@ -328,7 +377,7 @@ class Engine:
         pages = self.kv.allocate(n)
         try:
             job = Prefill(tokens, 0, len(tokens), [Copy(None, pages)])
-            run_prefill(self.model, self.kv, self.bank, [job], self.options.prefill_chunk, Record())
+            self._prefill([job], Record())
         except BaseException:
             self.kv.release(pages)
             raise
@@ -362,18 +411,20 @@ class Engine:
                     rows.append(begin - 1)
                     whose.append(jobs[n])
             if rows:
-                visit(whose, layer, h[torch.tensor(rows, device=h.device)])
+                visit(whose, layer, h[self.staging.upload({"rows": np.array(rows)})["rows"]])
 
         starts = [min(len(prefix.tokens), len(p) - 1) if prefix else 0 for p in prompts]
         for jobs, tables in self._borrow([len(p) for p in prompts]):
-            work = []
+            work: list[Prefill] = []
+            copies: list[PageCopy] = []
             for n, pages in zip(jobs, tables, strict=True):
                 if prefix is not None:
                     count = self.kv.pages_for(starts[n])
-                    self.kv.copy(prefix.pages[:count], pages[:count])
+                    copies += zip(prefix.pages[:count], pages[:count], repeat(slice(None)))
                 work.append(Prefill(prompts[n], starts[n], len(prompts[n]), [Copy(None, pages)]))
+            self._copy(copies)
             watch = partial(observe, jobs)
-            run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, record, observe=watch)
+            self._prefill(work, record, observe=watch)
             record.read(len(jobs))
             yield jobs
 
@@ -407,7 +458,7 @@ class Engine:
                             figures[jobs[n]][1].extend(entropies)
                         begin += end - start
 
-                run_prefill(self.model, self.kv, self.bank, work, self.options.prefill_chunk, record, outputs=collect)
+                self._prefill(work, record, outputs=collect)
                 for n, job in zip(jobs, work, strict=True):
                     [copy] = job.copies
                     record.scored(copy.steering, max(0, job.end - copy.steer_from), len(figures[n][0]))
@@ -422,7 +473,7 @@ class Engine:
         entropies: list[float] = []
         for begin in range(0, len(targets), SCORED_ROWS):
             scores = logits(self.model, h[begin : begin + SCORED_ROWS]).float().log_softmax(dim=-1)
-            wanted = torch.tensor(targets[begin : begin + SCORED_ROWS], device=h.device)
+            wanted = self.staging.upload({"ids": np.array(targets[begin : begin + SCORED_ROWS])})["ids"]
             logprobs += scores.gather(1, wanted[:, None])[:, 0].tolist()
             entropies += torch.special.entr(scores.exp()).sum(dim=-1).tolist()
         return logprobs, entropies
@@ -490,20 +541,11 @@ def first_steered(steering: CompiledSteering, n_prompt: int) -> int:
     return {"all": 0, "response": n_prompt - 1, "generated": n_prompt}[steering.scope]
 
 
-def _finish_reason(row: Row, decode: Decode | None) -> FinishReason | None:
+def _finish_reason(row: Row) -> FinishReason | None:
     """Why a row ends with the token it just got, if it does: eos first, then a stop string, then the budget."""
-    sampling = row.request.sampling
-    if row.token in sampling.eos_token_ids:
+    request = row.request
+    if row.token in request.sampling.eos_token_ids:
         return "eos"
-    if sampling.stop_strings and decode is not None:
-        # Nearly every token is at least one byte of text, so this many hold a stop string that ends in the last one …
-        longest = max(len(s.encode()) for s in sampling.stop_strings)
-        start = max(0, len(row.tokens) - longest - 4)
-        text = decode(row.tokens[:start] if start else row.request.tokens, row.tokens[start:])
-        if start and len(text) - len(decode(row.tokens[:-1], row.tokens[-1:])) < longest:
-            text = decode(
-                row.request.tokens, row.tokens
-            )  # … but special tokens have no text, and a character may take several tokens
-        if any(s in text for s in sampling.stop_strings):
-            return "stop_string"
-    return "length" if len(row.tokens) >= row.request.budget else None
+    if row.stops is not None and row.stops.reached(row.tokens):
+        return "stop_string"
+    return "length" if len(row.tokens) >= request.budget else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,9 @@ class KVPages:
             if self._references[page] == 0:
                 self._free.append(page)
 
-    def copy(self, source: int | Sequence[int], target: int | Sequence[int], blocks: slice = slice(None)) -> None:
-        """Copy whole pages of some blocks: what a row needs of a partly filled page that it will go on writing."""
+    def copy(self, source: int | Tensor, target: int | Tensor, blocks: slice = slice(None)) -> None:
+        """Copy whole pages of some blocks (one, or ``[n]`` int64 on the device): what a row needs of a partly filled
+        page that it will go on writing."""
         self.k[blocks, target] = self.k[blocks, source]
         self.v[blocks, target] = self.v[blocks, source]
 

@@ -7,9 +7,10 @@ distribution at every position of a completion): they differ in what looks at th
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from icon2_rt.engine.bank import DirectionBank
 from icon2_rt.engine.forward import Attend, Model, Observe, computing, embed, finish, run_blocks
 from icon2_rt.engine.kv import KVPages
 from icon2_rt.engine.record import Record
+from icon2_rt.engine.upload import Staging
 from icon2_rt.ops import RowSteering, Segment, Segments, rotary
 from icon2_rt.steering import CompiledSteering
 
@@ -70,11 +72,14 @@ def run_prefill(
     jobs: Sequence[Prefill],
     chunk: int,
     record: Record,
+    staging: Staging,
     *,
     observe: Callable[[list[tuple[int, int, int]], int, Tensor], None] | None = None,
     outputs: Outputs | None = None,
 ) -> None:
     """Compute the KV of all ``jobs`` into their pages, at most ``chunk`` tokens a pass.
+
+    What a pass reads goes up through ``staging`` in one copy, and nothing waits for the device.
 
     Args:
         record: counts the passes, and keeps the warnings about smaller ones.
@@ -93,7 +98,7 @@ def run_prefill(
             pieces = todo.popleft().pieces
             try:
                 with computing(model):
-                    h = _run_pack(model, kv, bank, jobs, pieces, fork, observe, outputs is not None)
+                    h = _run_pack(model, kv, bank, jobs, pieces, fork, observe, outputs is not None, staging)
             except torch.OutOfMemoryError:
                 if chunk <= kv.page_size:
                     raise
@@ -137,44 +142,28 @@ def _run_pack(
     fork: int | None,
     observe: Callable[[list[tuple[int, int, int]], int, Tensor], None] | None,
     to_the_end: bool,
+    staging: Staging,
 ) -> Tensor | None:
     """One pass; the final normed states ``[tokens, hidden]`` where it went ``to_the_end``."""
-    n_layers, device = model.spec.n_layers, model.device
-    tokens = torch.tensor([t for n, start, end in pieces for t in jobs[n].tokens[start:end]], device=device)
+    n_layers = model.spec.n_layers
     watch: Observe | None = None if observe is None else (lambda layer, h: observe(pieces, layer, h))
-
-    def lay_out(copies: list[tuple[int, int, int, Copy]]) -> tuple[tuple[Tensor, Tensor], Tensor, Attend]:
-        """Rotary factors, slots and attention of pieces (job, start, end) with the copy that they are computed for."""
-        positions = torch.cat([_span(start, end) for _, start, end, _ in copies])
-        slots, segments, begin = [], [], 0
-        for _, start, end, copy in copies:
-            pages = torch.tensor(copy.pages[: kv.pages_for(end)], device="cpu")
-            at = _span(start, end)
-            slots.append(pages[at // kv.page_size] * kv.page_size + at % kv.page_size)
-            segments.append(Segment(begin, begin + end - start, start, pages.to(device)))
-            begin += end - start
-        scale, packed = model.spec.head_dim**-0.5, Segments(tuple(segments), kv.page_size)
-
-        def attend(layer: int, q: Tensor) -> Tensor:
-            return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], packed, scale)
-
-        rope = rotary(positions.to(device), model.weights.inv_freq, model.spec.rope_scaling, model.dtype)
-        return rope, torch.cat(slots).to(device), attend
-
-    def steer(copies: list[tuple[int, int, int, Copy]]) -> RowSteering | None:
-        return bank.row_steering(
-            [
-                copy.steering if position >= copy.steer_from else None
-                for _, start, end, copy in copies
-                for position in range(start, end)
-            ]
-        )
-
-    shared = [(n, start, end, jobs[n].copies[0]) for n, start, end in pieces]
-    rope, slots, attend = lay_out(shared)
-    stream = embed(model, tokens)
-    if fork is None:
-        steering = steer(shared) if any(copy.steering for *_, copy in shared) else None
+    shared = _Stretch([(n, start, end, jobs[n].copies[0]) for n, start, end in pieces], kv.page_size, bank)
+    forked = None
+    if fork is not None:
+        each = [(n, start, end, copy) for n, start, end in pieces for copy in jobs[n].copies]
+        forked = _Stretch(each, kv.page_size, bank)
+    # Everything that the pass reads goes up at once.
+    host: dict[str, np.ndarray] = {
+        "tokens": np.concatenate([np.array(jobs[n].tokens[start:end], dtype=np.int64) for n, start, end in pieces]),
+        **{f"shared {name}": array for name, array in shared.arrays.items()},
+    }
+    if forked is not None:
+        host |= {f"forked {name}": array for name, array in forked.arrays.items()}
+        host["rows"] = _rows_of_copies(pieces, jobs)
+    up = staging.upload(host)
+    rope, slots, attend, steering = shared.on(_part(up, "shared "), model, kv)
+    stream = embed(model, up["tokens"])
+    if forked is None or fork is None:
         stream = run_blocks(
             model,
             stream,
@@ -189,27 +178,109 @@ def _run_pack(
         )
         return finish(model, stream, steering, watch) if to_the_end or watch is not None else None
     # Up to block l* the copies agree, also in what is added after the blocks before l*.
-    stream = run_blocks(model, stream, range(fork + 1), rope, kv, slots, attend, steer(shared))
-    forked, rows, begin = [], [], 0
-    for n, start, end in pieces:
-        for copy in jobs[n].copies:
-            forked.append((n, start, end, copy))
-            rows.append(_span(begin, begin + end - start))
-        begin += end - start
-    rope, slots, attend = lay_out(forked)
+    stream = run_blocks(model, stream, range(fork + 1), rope, kv, slots, attend, steering)
+    rope, slots, attend, steering = forked.on(_part(up, "forked "), model, kv)
     run_blocks(
         model,
-        stream.take(torch.cat(rows).to(device)),
+        stream.take(up["rows"]),
         range(fork + 1, n_layers),
         rope,
         kv,
         slots,
         attend,
-        steer(forked),
+        steering,
         kv_only=True,
     )
     return None
 
 
-def _span(start: int, end: int) -> Tensor:
-    return torch.arange(start, end, device="cpu")
+@dataclass(frozen=True)
+class _PackedSegments(Segments):
+    """Segments whose tensors are on the device already."""
+
+    uploaded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> Tensor:
+        return self.uploaded["seen"]
+
+    @property
+    def queries_before(self) -> Tensor:
+        return self.uploaded["queries_before"]
+
+    @property
+    def keys_before(self) -> Tensor:
+        return self.uploaded["keys_before"]
+
+
+class _Stretch:
+    """Pieces (job, start, end, copy) that go through the same blocks: what their tokens need there, on the host.
+
+    Attributes:
+        arrays: ``positions`` and ``slots`` ``[tokens]`` int64, where each token stands and where its K and V go;
+            ``seen`` ``[keys]`` int64, the slots that the pieces attend to, and ``pages`` int64, the pages of those;
+            ``queries_before`` and ``keys_before`` ``[pieces + 1]`` int32; and those of the steering.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int, int, Copy]], page_size: int, bank: DirectionBank):
+        self._spans = [(start, end) for _, start, end, _ in pieces]
+        self._page_size = page_size
+        offset = np.arange(page_size)
+        positions, slots, seen, tables = [], [], [], []
+        for _, start, end, copy in pieces:
+            pages = np.array(copy.pages[: -(-end // page_size)], dtype=np.int64)
+            at = (pages[:, None] * page_size + offset).reshape(-1)[:end]
+            positions.append(np.arange(start, end))
+            slots.append(at[start:])
+            seen.append(at)
+            tables.append(pages)
+        self.steering = None
+        if any(copy.steering for *_, copy in pieces):
+            self.steering = bank.know(
+                [
+                    copy.steering if position >= copy.steer_from else None
+                    for _, start, end, copy in pieces
+                    for position in range(start, end)
+                ]
+            )
+        queries = [0, *(end - start for start, end in self._spans)]
+        keys = [0, *(end for _, end in self._spans)]
+        self.arrays: dict[str, np.ndarray] = {
+            "positions": np.concatenate(positions),
+            "slots": np.concatenate(slots),
+            "seen": np.concatenate(seen),
+            "pages": np.concatenate(tables),
+            "queries_before": np.cumsum(queries, dtype=np.int32),
+            "keys_before": np.cumsum(keys, dtype=np.int32),
+            **(self.steering.arrays if self.steering is not None else {}),
+        }
+
+    def on(
+        self, up: Mapping[str, Tensor], model: Model, kv: KVPages
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Attend, RowSteering | None]:
+        """Rotary factors, slots, attention and steering, of the arrays on the device."""
+        segments, begin, page = [], 0, 0
+        for start, end in self._spans:
+            n_pages = -(-end // self._page_size)
+            segments.append(Segment(begin, begin + end - start, start, up["pages"][page : page + n_pages]))
+            begin, page = begin + end - start, page + n_pages
+        scale, packed = model.spec.head_dim**-0.5, _PackedSegments(tuple(segments), self._page_size, up)
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], packed, scale)
+
+        rope = rotary(up["positions"], model.weights.inv_freq, model.spec.rope_scaling, model.dtype)
+        return rope, up["slots"], attend, self.steering.on(up) if self.steering is not None else None
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _rows_of_copies(pieces: Sequence[tuple[int, int, int]], jobs: Sequence[Prefill]) -> np.ndarray:
+    """``[rows]`` int64: which row of the pass each row after the fork comes from, a piece's rows once a copy."""
+    rows, begin = [], 0
+    for n, start, end in pieces:
+        rows += [np.arange(begin, begin + end - start)] * len(jobs[n].copies)
+        begin += end - start
+    return np.concatenate(rows)

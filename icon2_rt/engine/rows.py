@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from icon2_rt.engine.sampling import Sampling
+from icon2_rt.engine.stops import StopText
 from icon2_rt.outputs import FinishReason
 from icon2_rt.steering import CompiledSteering
 
@@ -63,7 +64,7 @@ class Row:
     ``low`` and ``high`` are its pages by position, for blocks up to ``fork`` and above it (one list where nothing
     forked). ``position`` is where ``token`` goes next; it starts at the last prompt token. ``launched`` counts the
     steps that the device was given for this row; ``tokens`` are the results that have come back: fewer, on a device
-    that runs ahead of the host.
+    that runs ahead of the host. ``stops`` looks for stop strings in them, where there are any.
     """
 
     request: Request
@@ -77,6 +78,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
+    stops: StopText | None = None
 
     @property
     def seed(self) -> int | None:

@@ -37,7 +37,9 @@ class Ops:
 
     ``fixed``: their launches need buffers of one shape for every step, as a graph does, and pass over rows and items
     without work. ``capture``, where a backend has it, runs a step of its ops and returns what repeats it on the same
-    memory without Python (or None: this one cannot be repeated so).
+    memory without Python (or None: this one cannot be repeated so). ``attention_partials``: attention leaves partial
+    results in memory (:class:`AttentionItems`). ``sample_scratch(rows, vocab)``: bytes that ``sample`` needs for as
+    many rows or fewer.
     """
 
     backend: Backend = "reference"
@@ -52,6 +54,8 @@ class Ops:
     sample: Callable = sample
     fixed: bool = False
     capture: Callable[[Callable[[], object]], Callable[[], None] | None] | None = None
+    attention_partials: bool = False
+    sample_scratch: Callable[[int, int], int] = lambda rows, vocab: 0
 
 
 def available(device: torch.device) -> dict[Backend, str | None]:
@@ -111,7 +115,7 @@ def triton_ops() -> Ops:
     from icon2_rt.kernels.begin_step import begin_step
     from icon2_rt.kernels.grouped_decode_attention import grouped_decode_attention
     from icon2_rt.kernels.rope_append import rope_append
-    from icon2_rt.kernels.sample import sample
+    from icon2_rt.kernels.sample import sample, scratch_bytes
     from icon2_rt.kernels.silu_mul import silu_mul
 
     return Ops(
@@ -123,6 +127,8 @@ def triton_ops() -> Ops:
         silu_mul=silu_mul,
         sample=sample,
         fixed=True,
+        attention_partials=True,
+        sample_scratch=scratch_bytes,
     )
 
 
@@ -144,7 +150,13 @@ def native_ops() -> Ops:
 
 def native_cuda_ops() -> Ops:
     """The Triton kernels, with the CUDA C++ ones in their place where there are any: ``linear`` and ``sample``."""
-    return replace(triton_ops(), backend="native", linear=native_cuda.linear, sample=native_cuda.sample)
+    return replace(
+        triton_ops(),
+        backend="native",
+        linear=native_cuda.linear,
+        sample=native_cuda.sample,
+        sample_scratch=native_cuda.sample_scratch,
+    )
 
 
 def forms(device: torch.device) -> dict[str, dict[Backend, Callable]]:

@@ -36,6 +36,8 @@ class AttentionItems:
         n_splits: ``[batch]`` int32, how many partial results a row has now; 0 for a seat that is not running.
         split: positions of a split. n_partials: how many places there are for partial results.
         dense: the host knows that all n items and all rows count in this step.
+        partials, partial_lse: ``[n_partials, H, d]`` and ``[n_partials, H]`` fp32, memory for the partial results and
+            their log-sum-exps, for ops that leave them there; None: such an op allocates them in every call.
     """
 
     rows: Tensor
@@ -49,6 +51,8 @@ class AttentionItems:
     split: int
     n_partials: int
     dense: bool = False
+    partials: Tensor | None = None
+    partial_lse: Tensor | None = None
 
     def update(self, state: RowState) -> None:
         """Write ``lengths`` and ``n_splits`` for the positions in ``state``."""

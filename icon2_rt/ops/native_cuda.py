@@ -80,15 +80,20 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residua
 
 def sample(logits: Tensor, how: RowSampling, state: RowState) -> None:
     """:func:`icon2_rt.ops.sample`. The vocabulary has at most 2**20 entries."""
-    rows, vocab = logits.shape
-    n_bytes = extension.cuda_sample_scratch(rows, vocab)
-    scratch = torch.empty((n_bytes + 7) // 8, dtype=torch.int64, device=logits.device)
+    scratch = how.scratch
+    if scratch is None:
+        scratch = torch.empty(sample_scratch(*logits.shape), dtype=torch.uint8, device=logits.device)
     with _current(logits.device) as stream:
         extension.cuda_sample(
             logits, how.sampled, how.seeds, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty,
             how.seen, how.eos, how.min_tokens, how.budget, state.tokens, state.positions, state.generated,
-            state.running, state.logprobs, scratch, stream,
+            state.running, state.logprobs, scratch.view(torch.int64), stream,
         )  # fmt: skip
+
+
+def sample_scratch(rows: int, vocab: int) -> int:
+    """Bytes that :func:`sample` needs, a multiple of 8."""
+    return -(-int(extension.cuda_sample_scratch(rows, vocab)) // 8) * 8
 
 
 @contextmanager
@@ -118,4 +123,4 @@ def _linear_scratch(device: torch.device, stream: int) -> Tensor:
     return _scratch[key]
 
 
-__all__ = ["linear", "one_graph", "sample", "skinny_linear", "why_not"]
+__all__ = ["linear", "one_graph", "sample", "sample_scratch", "skinny_linear", "why_not"]

@@ -25,6 +25,8 @@ class RowSampling:
         eos: ``[rows, E]`` int32, the tokens that end a row, -1 in unused places. They may not come before
             ``min_tokens [rows]`` int32 (0) tokens are generated.
         budget: ``[rows]`` int32, how many tokens a row may generate.
+        scratch: uint8, memory that an op may leave anything in, of at least as many bytes as the backend's
+            ``sample_scratch(rows, vocab)`` says; None: an op that needs some allocates it in every call.
     """
 
     sampled: Tensor | None
@@ -38,6 +40,7 @@ class RowSampling:
     eos: Tensor
     min_tokens: Tensor | None
     budget: Tensor
+    scratch: Tensor | None = None
 
 
 def sample(logits: Tensor, how: RowSampling, state: RowState) -> None:
