@@ -39,10 +39,18 @@ BRANCHES = (2, 4, 8, 16, 64)
 PAGE_SIZE, SPLIT_PAGES = 32, 4
 GENERATED = 24  # positions of the response that each branch has written when attention alone is measured
 STEPS = 30  # the most that one layout of a step holds for
-ROTATE_BYTES, MOST_SETS = 256 * 2**20, 32  # KV that a turn of attention alone goes through: more than a cache holds
+ROTATE_BYTES, MOST_SETS = 256 * 2**20, 192  # KV that attention alone goes through in turn: more than a cache holds
 MOST_CALLS = 64  # of a turn
 LEAST_ROUNDS = 8  # fewer say nothing with a confidence of 99 %
-Sides = tuple[Callable[[], Any], Callable[[], Any]]  # one call of the shared side, one of the other
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A turn's unit of each side; ``calls``: how many calls it is (a graph on a GPU has several)."""
+
+    shared: Callable[[], Any]
+    unshared: Callable[[], Any]
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def attention_sides(cell: Cell, device: torch.device) -> Sides:
             return call
         return captured(lambda: [call() for _ in range(sets)])
 
-    return side(items), side(apart(items))
+    return Sides(side(items), side(apart(items)), sets if device.type == "cuda" else 1)
 
 
 def step_sides(engine: Engine, inputs: StepInputs) -> Sides:
@@ -220,7 +228,7 @@ def step_sides(engine: Engine, inputs: StepInputs) -> Sides:
             again()
 
         sides.append(call)
-    return sides[0], sides[1]
+    return Sides(*sides)
 
 
 def apart(items: AttentionItems) -> AttentionItems:
@@ -246,8 +254,9 @@ def compared(sides: Sides, device: torch.device, rounds: int, seconds: float) ->
     # Of one thread the processor's time is counted: what else the machine does costs less of it than of the clock's.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode():
-        once = [sum(timed(side, device, n=1, warm_up=2)) for side in sides]
-        n = max(1, min(MOST_CALLS, round(5.0 / max(once[0], 1e-3))))  # a turn takes 5 ms or one call
+        both = (sides.shared, sides.unshared)
+        once = [sum(timed(side, device, n=1, warm_up=2)) for side in both]
+        n = max(1, min(MOST_CALLS, round(5.0 / max(once[0], 1e-3))))  # a turn takes 5 ms or one unit
         times: list[list[float]] = [[], []]
         end = time.monotonic() + seconds
         for turn in range(rounds):
@@ -255,14 +264,14 @@ def compared(sides: Sides, device: torch.device, rounds: int, seconds: float) ->
             if late > 0 and (turn >= LEAST_ROUNDS or (turn >= 3 and late > 5 * seconds)):
                 break
             for which in (0, 1) if turn % 2 else (1, 0):
-                times[which].append(median(timed(sides[which], device, n, warm_up=min(1, n - 1), clock=clock)))
+                times[which].append(median(timed(both[which], device, n, warm_up=min(1, n - 1), clock=clock)))
     ratios = sorted(alone / shared for shared, alone in zip(*times, strict=True))
     low, high = interval(ratios)
     return {
-        "milliseconds": {"shared": median(times[0]), "unshared": median(times[1])},
+        "milliseconds": {"shared": median(times[0]) / sides.calls, "unshared": median(times[1]) / sides.calls},
         "ratio": {"median": median(ratios), "low": low, "high": high, "min": ratios[0], "max": ratios[-1]},
         "rounds": len(ratios),
-        "calls": n,
+        "calls": n * sides.calls,
         "verdict": "faster" if low > 1 else "slower" if high < 1 else "no difference",
     }
 

@@ -417,9 +417,9 @@ def test_rows_that_read_alone_get_what_rows_that_read_together_get(backend, pref
     if (why := ops.available(cpu)[backend]) is not None:
         pytest.skip(why)
     cell = crossover.Cell("attention", "dry", backend, prefix, 5)
-    together, alone = crossover.attention_sides(cell, cpu)
+    sides = crossover.attention_sides(cell, cpu)
     for _ in range(3):
-        torch.testing.assert_close(together(), alone())
+        torch.testing.assert_close(sides.shared(), sides.unshared())
 
 
 def test_items_apart_are_one_rows_each():
@@ -450,7 +450,8 @@ def test_a_step_of_a_cell_begins_where_it_began():
     assert batch._inputs is not None
     state = batch._inputs.state
     positions, found = state.positions.tolist(), []
-    for side in crossover.step_sides(engine, batch._inputs):
+    sides = crossover.step_sides(engine, batch._inputs)
+    for side in (sides.shared, sides.unshared):
         for _ in range(3):
             side()
             assert state.positions.tolist() == [position + 1 for position in positions]

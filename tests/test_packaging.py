@@ -129,6 +129,15 @@ def test_kernels_and_transformers_from_the_checkout_and_from_elsewhere(where: st
     assert out.split() == [str(ROOT / "kernels" / "__init__.py"), "False"]
 
 
+def test_the_tests_are_a_package_that_none_installed_can_hide(tmp_path: Path) -> None:
+    """Some distributions install one named tests; a folder without __init__.py loses against it from any place."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])  # as `pythonpath` of pytest's settings puts it: ours first
+    out = python("import tests.noise; print(tests.noise.__file__)", cwd=tmp_path, flags=("-P",), PYTHONPATH=path)
+    assert out.split() == [str(ROOT / "tests" / "noise.py")]
+
+
 def test_kernels_import_nothing_but_triton_and_torch() -> None:
     """A bare `import kernels` finds this folder from the checkout: then too it may pull in nothing else."""
     standard = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
