@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
 
     device = torch.device(options.device)
     told: dict[str, str] = {}
+    if options.model == "auto" and device.type != "cuda":
+        parser.error("--model auto asks a GPU what it has room for: give it --device cuda, or a model by name")
     if options.model == "auto":
         chosen, told = room.fitting(["llama3-8b"], room.pairs_needs, room.free_bytes(device))
         if not chosen:

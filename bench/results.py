@@ -266,7 +266,8 @@ def _crossover(record: dict[str, Any]) -> str:
         "A group's branches reading their prompt's KV together, and the same branches reading it alone, in turns: how "
         "many times as long the latter takes, the median of neighbouring turns and, in brackets, where it lies with a "
         f"confidence of 99 %. Time: {settings['clock']}. With a prefix below one split ({settings['split']} positions) "
-        "nothing can be shared and both sides are the same: the noise of the machine.\n\n"
+        "nothing can be shared and both sides are the same: the noise of the machine. A dash "
+        "was not reached in the time.\n\n"
         + "\n".join(parts)
         + f"\nSlower together beyond noise: {told or 'nowhere'}, of {counted} cells.\n"
     )
@@ -276,7 +277,7 @@ def _crossing(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return ""
     if figure["status"] != "measured":
-        return str(figure["status"])
+        return "–" if figure["status"].startswith("not reached") else str(figure["status"])
     r = figure["ratio"]
     return f"{r['median']:.2f}× ({r['low']:.2f}–{r['high']:.2f})"
 
