@@ -33,7 +33,12 @@ class ItemTable:
 
 
 def item_rows(spec: DecoderSpec) -> int:
-    """The most rows of an item; a larger group is several adjacent ones."""
+    """The most rows of an item; a larger group is several adjacent ones.
+
+    The rule of sharing: rows that have the same pages in a split always read them together. `python -m bench crossover`
+    holds that against the same rows reading alone, which is what 1 here would give. On CPUs, by the native ops and by
+    the reference, sharing was slower nowhere (bench/RESULTS.md); what a GPU says has not been measured.
+    """
     return max(1, ITEM_QUERIES // (spec.n_heads // spec.n_kv_heads))
 
 
