@@ -107,7 +107,8 @@ PYTEST=(-m pytest -q -o 'addopts=--import-mode=importlib --strict-markers')
 # One pytest process over $2 …, everything it prints in $1. After a CUDA fault another one goes on behind it.
 lane() {
   local log=$1 begun=$SECONDS status worst=0; shift
-  local options=(-rfE --durations=5 --maxfail=10)
+  # Where one hangs is told without pytest-timeout too.
+  local options=(-ra --durations=5 --maxfail=10 -o faulthandler_timeout=120)
   has --timeout= && options+=(--timeout=240)
   : > "$log"
   rm -f "$log.begun"
@@ -147,7 +148,8 @@ stage() {
   (( DRY )) && dry=(--dry)
   case $1 in
     qualify)
-      guarded 0 "$PYTHON" -m bench qualify --out "$OUT" "${dry[@]}" 2>&1 ;;
+      # One trial takes 240 s at most, and ends its own process; so a later one begins in the first third or not at all.
+      guarded 0 "$PYTHON" -m bench qualify --out "$OUT" --limit $(( LIMIT / 3 )) "${dry[@]}" 2>&1 ;;
     tests)
       has --maxfail= || { echo "$PYTHON lacks pytest: pip install 'icon2_rt[test]'"; return 1; }
       (( DRY )) && export GPU_LANE_DEVICE=cpu
