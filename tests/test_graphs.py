@@ -205,6 +205,13 @@ def test_a_capture_that_is_interrupted_leaves_nothing_behind(cuda):
     assert cuda.capturing is None
 
 
+def test_python_collects_nothing_during_a_capture(cuda):
+    found: list[tuple[bool, bool]] = []
+    StepGraphs(lambda rows: found.append((cuda.capturing is not None, gc.isenabled())), [2], DEVICE)
+    assert found == [(False, True), (True, False)]
+    assert gc.isenabled()
+
+
 def test_the_double_is_as_strict_as_torch():
     graph = FakeCuda().make_graph()
     graph.cuda.failures["begin"] = RuntimeError("busy")

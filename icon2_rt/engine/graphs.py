@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -111,8 +112,9 @@ class StepGraphs:
         for last in (False, True):
             graph = torch.cuda.CUDAGraph()
             try:
-                # Memory that another thread asks for meanwhile is none of this capture's business: thread_local.
-                with torch.cuda.stream(self._stream), one_graph():
+                # Memory that another thread asks for meanwhile is none of this capture's business: thread_local. What
+                # Python's collector would let go of meanwhile is: a dying graph or stream calls the device.
+                with torch.cuda.stream(self._stream), one_graph(), _without_collector():
                     graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     try:
                         step(rows)
@@ -168,6 +170,17 @@ class StepGraphs:
     def _warn(self, text: str) -> None:
         self.given_up.append(text)
         warnings.warn(text, stacklevel=5)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _clear_cublas_workspaces() -> None:
