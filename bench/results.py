@@ -262,6 +262,7 @@ def _crossover(record: dict[str, Any]) -> str:
     slower = [f for f in cells if f.get("verdict") == "slower"]
     told = "; ".join(f"{f['model']}, {f['backend']}, {f['branches']} × {f['prefix']} ({f['what']})" for f in slower)
     counted = sum(f["status"] == "measured" for f in cells)
+    earlier = sum("earlier" in f for f in cells)
     return (
         "A group's branches reading their prompt's KV together, and the same branches reading it alone, in turns: how "
         "many times as long the latter takes, the median of neighbouring turns and, in brackets, where it lies with a "
@@ -269,7 +270,9 @@ def _crossover(record: dict[str, Any]) -> str:
         "nothing can be shared and both sides are the same: the noise of the machine. A dash "
         "was not reached in the time.\n\n"
         + "\n".join(parts)
-        + f"\nSlower together beyond noise: {told or 'nowhere'}, of {counted} cells.\n"
+        + f"\nSlower together beyond noise: {told or 'nowhere'}, of {counted} cells"
+        + (f"; {earlier} of them measured again with more turns, the first time is in the file" if earlier else "")
+        + ".\n"
     )
 
 
