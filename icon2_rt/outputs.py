@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
-FinishReason = Literal["eos", "stop_string", "length"]
+FinishReason = Literal["eos", "stop_string", "length", "error"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Completion:
     logits of the steered model (before any processor), natural log; ``text`` is how they read behind the prompt,
     without special tokens (None without a tokenizer). ``seed`` is the row seed: passed as ``seed=[seed]`` it reproduces
     the row alone (None when decoding was greedy).
+
+    ``finish_reason`` "error": the logits of the next token were not finite (a steering that is too strong for the
+    dtype, or a bad weight). What was generated before is there; other branches and prompts are not touched by it.
 
     ``message`` is the content of the assistant's message that answers a chat, where that is not ``text``: it begins
     with what the chat's last message had begun, and leaves out a first space that the chat template would double.
@@ -59,8 +62,15 @@ class PairedOutput:
         A last message of the assistant, which both responses continue, is the beginning of both in the record.
 
         Raises:
-            ValueError: the prompt was token ids, or the runtime had no tokenizer: there is no text to write.
+            ValueError: the prompt was token ids, or the runtime had no tokenizer: there is no text to write. A branch
+                ended with an error: there is no preference in it.
         """
+        for side in ("positive", "negative"):
+            if getattr(self, side).finish_reason == "error":
+                raise ValueError(
+                    f"the {side} branch of pair {self.index} ended with an error (its logits are not finite): leave "
+                    f"the pair out, and lower the strength"
+                )
         if self.positive.text is None or self.negative.text is None:
             raise ValueError("to_preference() needs text, and this runtime was made without a tokenizer")
         if isinstance(self.prompt, str):
@@ -82,7 +92,7 @@ class PairedOutput:
 @dataclass(frozen=True)
 class Scored:
     """Teacher-forced figures of one completion: natural-log probability of each token, and the entropy (nats) of the
-    distribution that it was scored under."""
+    distribution that it was scored under. Not a number from where the logits are not finite."""
 
     token_ids: list[int]
     logprobs: list[float]

@@ -451,7 +451,19 @@ class Runtime:
                 pinned = len(request.prefix.tokens) if request.prefix is not None else 0
                 self.usage.generated(len(request.tokens), pinned, [len(row.tokens) for row in rows])
                 prompt = prompts[request.index]
+                self._tell_errors(request, rows)
                 yield BranchedOutput(request.index, prompt, [self._completion(row, prompt, template) for row in rows])
+
+    def _tell_errors(self, request: Request, rows: Sequence[Row]) -> None:
+        bad = next((row for row in rows if row.finish == "error"), None)
+        if bad is not None:
+            warnings.warn(
+                f"prompts[{request.index}], branch {bad.branch}: the logits of token {len(bad.tokens)} are not finite: "
+                f"the steering is too strong for {self.dtype}, or a weight is bad. This branch ends there, with "
+                f"finish_reason='error'",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _completion(self, row: Row, prompt: Prompt, template: ChatTemplate) -> Completion:
         if row.finish is None:

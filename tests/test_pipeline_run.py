@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from icon2_rt import Direction, DirectionSet, Runtime
+from icon2_rt.engine.batch import Batch
 from icon2_rt.outputs import Fired, Paths
 from icon2_rt.pipeline import dataset
 from icon2_rt.pipeline.config import RunConfig
@@ -92,6 +93,55 @@ def _copy(result: RunResult, to: Path) -> Path:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (to / name).write_bytes(data)
     return to
+
+
+def test_a_pair_whose_logits_are_not_finite_is_left_out_and_counted(
+    config: RunConfig, rt: Runtime, finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One branch of each shard's first pair breaks off: the others are what they are without that, and a run that is
+    continued does not meet it again."""
+    results, broken = Batch.results, set()
+
+    def breaking(batch: Batch) -> list[tuple[Any, int, float]]:
+        found = results(batch)
+        for n, (row, token, _) in enumerate(found):
+            if row.steering is not None and row.request.index == 0 and row.branch == 1 and len(row.tokens) == 2:
+                broken.add(row.request.tokens)
+                found[n] = (row, token, float("nan"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "results", breaking)
+        with pytest.warns(RuntimeWarning, match=r"prompts\[0\], branch 1"):
+            result = run(config, tmp_path / "run", rt=rt)
+    before = list(finished.records())
+    expected = [record for n, record in enumerate(before) if n % 4]
+    made = list(result.records())
+    assert len(broken) == len(before) - len(expected) == result.report["counts"]["not_finite"]
+    for key in ("id", "chosen", "rejected", "chosen_tokens", "rejected_finish"):
+        assert [record[key] for record in made] == [record[key] for record in expected], key
+    assert result.report["counts"]["pairs"] == len(expected) and result.manifest["finished"] is True
+    assert any(f"{len(broken)} pairs are left out" in warning for warning in result.report["warnings"])
+    assert "not_finite" not in finished.report["counts"]
+    left = _bytes(result.path)
+    monkeypatch.setattr(Batch, "launch", lambda batch: pytest.fail("decoded again"))
+    assert _bytes(run(config, result.path, rt=rt).path) == left
+
+
+def test_a_shard_without_a_single_pair_ends_the_run(
+    config: RunConfig, rt: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Batch.results
+
+    def breaking(batch: Batch) -> list[tuple[Any, int, float]]:
+        return [(row, t, float("nan") if row.steering is not None else p) for row, t, p in results(batch)]
+
+    monkeypatch.setattr(Batch, "results", breaking)
+    with pytest.raises(FloatingPointError, match="no pair of a whole shard"), pytest.warns(RuntimeWarning):
+        run(config, tmp_path / "run", rt=rt)
+    monkeypatch.setattr(Batch, "results", lambda batch: [(row, t, float("nan")) for row, t, _ in results(batch)])
+    with pytest.raises(FloatingPointError, match="unsteered model's own logits"), pytest.warns(RuntimeWarning):
+        run(config, tmp_path / "other", rt=rt)
 
 
 def test_nothing_is_lost_or_doubled_on_the_way(finished: RunResult) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -13,11 +15,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from icon2_rt import Direction, Runtime, Steering, Term
 from icon2_rt.engine import resolve_sampling
+from icon2_rt.ops import native
 from icon2_rt.steering import compile_steering
 from tests.models import random_prompts, random_vectors, tiny_llama, tiny_tokenizer
 
 PROMPTS = random_prompts([5, 9, 17, 3, 4])
 HEAD = random_prompts([20], seed=7)[0]
+BACKENDS = ["reference", *(["native"] if native.why_not is None else [])]
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
@@ -342,13 +346,31 @@ def test_an_error_names_the_argument_of_the_call():
             call()
 
 
-def test_logits_that_are_not_finite_are_an_error_and_the_pages_come_back():
-    rt = Runtime(tiny_llama().to(torch.float16), device="cpu", page_size=8, kv_memory="2MiB")
-    free = rt.free_kv_pages
-    with pytest.raises(FloatingPointError, match=r"prompts\[2\], branch 1: the logits .* too strong"):
-        rt.generate_branches(PROMPTS, [None, [None, None, 1e6 * direction(), None, None]], **GREEDY)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scope", ["response", "generated", "all"])
+def test_a_row_whose_logits_are_not_finite_ends_alone(backend, scope):
+    """Its neighbours give what they give without it, then and in later calls on the same pages."""
+    rt = Runtime(tiny_llama().to(torch.float16), device="cpu", backend=backend, page_size=8, kv_memory="64KiB")
+    free, strong = rt.free_kv_pages, (1e6 * direction()).with_scope(scope)
+    alone = [c.token_ids for c in rt.generate(PROMPTS, **GREEDY)]
+    with pytest.warns(RuntimeWarning, match=r"prompts\[2\], branch 1: the logits of token \d+ .* too strong"):
+        outputs = rt.generate_branches(PROMPTS, [None, [None, None, strong, None, None]], **GREEDY)
+    rows = [completion for output in outputs for completion in output.branches]
+    bad = rows.pop(5)
+    assert bad.finish_reason == "error" and bad.token_ids == alone[2][: scope == "generated"]
+    assert len(bad.logprobs) == len(bad.token_ids) and not any(map(math.isnan, bad.logprobs))
+    assert [row.token_ids for row in rows] == [ids for n, ids in enumerate(alone) for _ in range(1 + (n != 2))]
+    assert {row.finish_reason for row in rows} == {"length"}
     assert rt.free_kv_pages == free
-    assert len(rt.generate(PROMPTS, **GREEDY)) == len(PROMPTS)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        pair = next(rt.stream_pairs(PROMPTS[2:3], positive=None, negative=strong, **GREEDY))
+    assert (pair.positive.finish_reason, pair.negative.finish_reason) == ("length", "error")
+    with pytest.raises(ValueError, match="the negative branch of pair 0 ended with an error"):
+        dataclasses.replace(pair, prompt="x", positive=dataclasses.replace(pair.positive, text="a")).to_preference()
+    [scored] = rt.score(PROMPTS[:1], [alone[0]], strong)
+    assert math.isnan(scored.logprobs[-1])
+    for _ in range(3):  # as many tokens as there are places: on every page
+        assert [c.token_ids for c in rt.generate(PROMPTS, **GREEDY)] == alone
 
 
 def test_a_pool_larger_than_the_machine_is_refused_while_the_model_is_whole():

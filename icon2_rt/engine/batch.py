@@ -133,7 +133,7 @@ class Batch:
                 self.rows[seat] = None
                 self._taken -= 1
                 self._reserved -= self.partials_of(row.request)
-                if row.finish == "stop_string":  # of every other end the device knows by itself
+                if row.finish in ("stop_string", "error"):  # of every other end the device knows by itself
                     stopped.append(seat)
         if stopped:
             running, no = self.buffers.state.running.view(torch.uint8), np.zeros(len(stopped), dtype=np.uint8)

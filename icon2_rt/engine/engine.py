@@ -135,14 +135,14 @@ class Engine:
     def decode(
         self, requests: Sequence[Request], decode: Decode | None = None, record: Record | None = None
     ) -> Iterator[tuple[Request, list[Row]]]:
-        """Run ``requests``; yields each with its finished rows when the last of them is done.
+        """Run ``requests``; yields each with its finished rows when the last of them is done. A row whose logits are
+        not finite ends there (``finish`` "error"), and it alone.
 
         Rows run together, at most ``max_rows`` at once (a larger group runs by itself). The schedule follows from the
         requests and the options alone. Closing the iterator gives all pages back; ``record`` is whole then.
 
         Raises:
             RuntimeError: a prefix was let go before the first step, or others hold the pages that a group needs.
-            FloatingPointError: a row's logits are not finite.
         """
         self.check(requests)
         record = record if record is not None else Record()
@@ -186,11 +186,11 @@ class Engine:
                         continue
                 done = []
                 for row, token, logprob in batch.results():
-                    if math.isnan(logprob):
-                        raise FloatingPointError(
-                            f"prompts[{row.request.index}], branch {row.branch}: the logits of token {len(row.tokens)} "
-                            f"are not finite: the steering is too strong for {self.model.dtype}, or a weight is bad"
-                        )
+                    if math.isnan(logprob):  # its logits are not finite: this row ends alone
+                        row.finish = "error"
+                        self.kv.spoil(row.pages)
+                        done.append(row)
+                        continue
                     row.token = token
                     row.position += 1
                     row.tokens.append(token)
@@ -461,6 +461,8 @@ class Engine:
                 self._prefill(work, record, outputs=collect)
                 for n, job in zip(jobs, work, strict=True):
                     [copy] = job.copies
+                    if any(map(math.isnan, figures[n][0])):
+                        self.kv.spoil(copy.pages)
                     record.scored(copy.steering, max(0, job.end - copy.steer_from), len(figures[n][0]))
                     yield n, *figures[n]
         finally:

@@ -28,6 +28,7 @@ class KVPages:
         shape = (spec.n_layers, n_pages, page_size, spec.n_kv_heads, spec.head_dim)
         self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
         self._references = [0] * n_pages
+        self._spoilt: set[int] = set()
         self._free = list(range(n_pages - 1, -1, -1))  # a stack: the pages used last are the ones still in cache
 
     @property
@@ -59,7 +60,16 @@ class KVPages:
         for page in pages:
             self._references[page] -= 1
             if self._references[page] == 0:
+                if page in self._spoilt:
+                    self._spoilt.remove(page)
+                    self.k[:, page] = 0
+                    self.v[:, page] = 0
                 self._free.append(page)
+
+    def spoil(self, pages: Iterable[int]) -> None:
+        """They may hold numbers that are not finite: cleared before they are free again. What lies beyond a row's end
+        counts nothing in its attention, but nothing times infinity is not a number."""
+        self._spoilt.update(pages)
 
     def copy(self, source: int | Tensor, target: int | Tensor, blocks: slice = slice(None)) -> None:
         """Copy whole pages of some blocks (one, or ``[n]`` int64 on the device): what a row needs of a partly filled

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from icon2_rt.pipeline.files import from_jsonl, text_of, to_jsonl
 from icon2_rt.pipeline.loading import own_end_tokens, rendering
-from icon2_rt.pipeline.sampling import neutral
+from icon2_rt.pipeline.sampling import neutral, sound
 from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.prompts import check_text
 
@@ -118,7 +118,7 @@ def answer(
     with rendering(rt, frame):
         stream = rt.stream_branches(chats, [None], seed=seed, generation_config=sampling)
         for finished, output in enumerate(stream, start=1):
-            completions[output.index] = output.branches[0]
+            [completions[output.index]] = sound(output.branches)
             done(finished)
     make = _alpaca_eval if benchmark == "alpaca_eval" else _arena_hard
     return [

@@ -24,7 +24,7 @@ from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.judges import Judge, verdicts
 from icon2_rt.pipeline.pairs import Answer, preference, response_sampling
-from icon2_rt.pipeline.sampling import neutral, stage_seed
+from icon2_rt.pipeline.sampling import neutral, sound, stage_seed
 from icon2_rt.pipeline.templates import Chat, ChatFrame
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class _Recipe:
             sample_ids=[item.id for item in instructions],
             generation_config=self.sampling,
         )
-        return [output.branches for output in outputs]
+        return [list(sound(output.branches)) for output in outputs]
 
     def records(
         self,
@@ -250,7 +250,7 @@ class _Recipe:
                 sample_ids=[item.id for item in items],
                 generation_config=self.sampling,
             )
-        return self.records(items, list(zip(refined, firsts, strict=True))), dropped
+        return self.records(items, list(zip(sound(refined), firsts, strict=True))), dropped
 
     def opposing_prompts(self, instructions: Sequence[Instruction], names: Sequence[str]) -> list[dict[str, Any]]:
         sides = []
@@ -268,7 +268,7 @@ class _Recipe:
                     generation_config=self.sampling,
                 )
             )
-        records = self.records(instructions, list(zip(*sides, strict=True)))
+        records = self.records(instructions, list(zip(*map(sound, sides), strict=True)))
         return [{**record, "criterion": name} for record, name in zip(records, names, strict=True)]
 
 

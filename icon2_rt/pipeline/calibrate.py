@@ -31,7 +31,7 @@ from icon2_rt.pipeline.config import CalibrationConfig, PairsConfig
 from icon2_rt.pipeline.judges import Judge, verdicts
 from icon2_rt.pipeline.pairs import Kept, Strengths, residual_profile, response_sampling
 from icon2_rt.pipeline.quality import projection
-from icon2_rt.pipeline.sampling import stage_seed
+from icon2_rt.pipeline.sampling import sound, stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
@@ -179,14 +179,19 @@ def climb(
         sample_ids=[item.instruction.id for item in items],
         generation_config=response_sampling(pairs, eos_token_ids, frame.end_string),
     )
-    responses = [[output.branches[k] for output in outputs] for k in range(len(branches))]
+    sound([output.branches[0] for output in outputs])
+    # A dose under which some response broke off is no candidate.
+    broken = {k for output in outputs for k, c in enumerate(output.branches) if c.finish_reason == "error"}
+    responses = [[] if k in broken else [output.branches[k] for output in outputs] for k in range(len(branches))]
     chats = [frame.messages(item.instruction.text) for item in items]
-    scored = rt.score(chats * len(branches), [completion for rung in responses for completion in rung])
-    plain = [fmean(s.logprobs) for s in scored]
+    scored = iter(
+        rt.score(chats * (len(branches) - len(broken)), [completion for rung in responses for completion in rung])
+    )
+    plain = [[fmean(next(scored).logprobs) for _ in rung] for rung in responses]
     texts = [item.instruction.text for item in items]
 
     def measured(k: int, dose: float, norm: float, by: Judge) -> Rung:
-        logprob = plain[k * len(items) : (k + 1) * len(items)]
+        logprob = plain[k]
         return Rung(
             dose=dose,
             gamma=dose * norm,
@@ -201,7 +206,13 @@ def climb(
         norm = fmean(norms[i] for i in ladder.layers)
         by = judge or projection(rt, frame, directions, ladder.layers, [item.criterion for item in items])
         rungs = [measured(0, 0.0, norm, by)]
-        rungs += [measured(1 + number * len(signed) + k, dose, norm, by) for k, dose in enumerate(signed)]
+        places = enumerate(signed, start=1 + number * len(signed))
+        rungs += [measured(k, dose, norm, by) for k, dose in places if k not in broken]
+        if not min(rung.dose for rung in rungs) < 0 < max(rung.dose for rung in rungs):
+            raise FloatingPointError(
+                f"calibration.doses: on blocks {ladder.layers[0]} to {ladder.layers[-1]} no positive or no negative "
+                f"dose leaves all logits finite; name smaller ones"
+            )
         found.append(Ladder(ladder.band, ladder.layers, ladder.profile, tuple(sorted(rungs, key=lambda r: r.dose))))
     return found
 

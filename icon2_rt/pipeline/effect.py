@@ -23,7 +23,7 @@ from icon2_rt.pipeline.config import PairsConfig
 from icon2_rt.pipeline.criteria import Criterion
 from icon2_rt.pipeline.loading import system_tokens
 from icon2_rt.pipeline.pairs import response_sampling
-from icon2_rt.pipeline.sampling import stage_seed
+from icon2_rt.pipeline.sampling import sound, stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def measure(
     texts: dict[str, list[str]] = {
         side: [record[side][0]["content"] for record in records] for side in ("chosen", "rejected")
     }
-    texts["neutral"] = [frame.said(completion) for completion in neutral]
+    texts["neutral"] = [frame.said(completion) for completion in sound(neutral)]
     shifts = _standardised(
         {side: _projections(rt, records, texts[side], directions) for side in SIDES},
         [record["criterion"] for record in records],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from icon2_rt.pipeline.config import InstructionsConfig
 from icon2_rt.pipeline.instruction_files import read_records
-from icon2_rt.pipeline.sampling import neutral, stage_seed
+from icon2_rt.pipeline.sampling import neutral, sound, stage_seed
 from icon2_rt.pipeline.templates import ChatFrame
 from icon2_rt.prompts import check_text
 
@@ -55,7 +55,7 @@ def synthesise(
     )
     counts = Counter(drawn=len(ids))
     kept = []
-    for i, completion in zip(ids, completions, strict=True):
+    for i, completion in zip(ids, sound(completions), strict=True):
         text, reason = clean(completion, frame, rt.tokenizer, config)
         if reason is None and frame.length(frame.messages(text)) > room:
             reason = "too long"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from icon2_rt.pipeline.config import PairsConfig
 from icon2_rt.pipeline.instructions import Instruction
-from icon2_rt.pipeline.sampling import neutral, stage_seed
+from icon2_rt.pipeline.sampling import neutral, sound, stage_seed
 from icon2_rt.pipeline.templates import Chat, ChatFrame
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def decode(
     seed: int,
     done: Callable[[int], None] = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """One shard: the records of ``kept``, in their order (columns: :data:`icon2_rt.pipeline.dataset.COLUMNS`).
+    """One shard: the records of ``kept``, in their order (columns: :data:`icon2_rt.pipeline.dataset.COLUMNS`), but for
+    those with a branch whose logits were not finite.
 
     The instruction is the whole prompt, without a system prompt; with ``pairs.shared_tokens`` the beginning of an
     unsteered response is part of it. All of it is one call with a fixed list of prompts, so that the same shard on the
@@ -191,25 +192,39 @@ def decode(
     for n, output in enumerate(stream, start=1):
         outputs[output.index] = [_behind(rt, chats[output.index], drafts[output.index], c) for c in output.branches]
         done(n)
+    dealt = [
+        (n, p, completions)
+        for n, (several, output) in enumerate(zip(plans, outputs, strict=True))
+        for p, completions in _dealt(several, output)
+        if all(completion.finish_reason != "error" for completion in completions)
+    ]
+    if kept and not dealt:
+        raise FloatingPointError(
+            "no pair of a whole shard came to be: of each, a branch ended where its logits were not finite"
+        )
     with rt.usage.during("figures"):
         scores = rt.score(
-            [chat for chat, completions in zip(chats, outputs, strict=True) for _ in completions],
-            [completion for completions in outputs for completion in completions],
+            [chats[n] for n, _, completions in dealt for _ in completions],
+            [completion for _, _, completions in dealt for completion in completions],
         )
     scored = iter(scores)
     return [
-        record(p, answers, draft, config)
-        for several, completions, draft in zip(plans, outputs, drafts, strict=True)
-        for p, answers in _dealt(several, [Answer(c, next(scored), frame.said(c)) for c in completions])
+        record(p, [Answer(c, next(scored), frame.said(c)) for c in completions], drafts[n], config)
+        for n, p, completions in dealt
     ]
 
 
-def _dealt(plans: Sequence[Plan], answers: Sequence[Answer]) -> Iterator[tuple[Plan, Sequence[Answer]]]:
-    """The answers to one prompt, to the plans that asked for them."""
+def _dealt(plans: Sequence[Plan], completions: Sequence[Completion]) -> Iterator[tuple[Plan, Sequence[Completion]]]:
+    """The completions of one prompt, to the plans that asked for them."""
     start = 0
     for p in plans:
-        yield p, answers[start : start + len(p.branches)]
+        yield p, completions[start : start + len(p.branches)]
         start += len(p.branches)
+
+
+def n_records(kept: Sequence[Kept], directions: DirectionSet, config: PairsConfig) -> int:
+    """How many records ``kept`` makes where every branch comes to its end."""
+    return len(kept) * (len(directions.names) if config.directions == "each" else 1)
 
 
 def draft(
@@ -227,7 +242,7 @@ def draft(
     """
     sampling = response_sampling(config, eos_token_ids, frame.end_string)
     sampling.max_new_tokens = config.shared_tokens
-    completions = rt.generate(chats, sample_ids=ids, seed=stage_seed(seed, "drafts"), generation_config=sampling)
+    completions = sound(rt.generate(chats, sample_ids=ids, seed=stage_seed(seed, "drafts"), generation_config=sampling))
     drafts = []
     for completion in completions:
         whole = completion.finish_reason == "length"

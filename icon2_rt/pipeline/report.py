@@ -28,11 +28,13 @@ def compose(
     """The content of ``report.json``, from the artifacts alone."""
     sections = pair_sections(job, shards)
     keys = ("kept_share", "histogram", "kept_histogram", "scores", "score", "distributions", "warnings")
+    lost = sum(shard.facts.get("not_finite", 0) for shard in shards)
     report: dict[str, Any] = {
         "counts": {
             "features": dict(features.facts["counts"]) if features else None,
             "instructions": dict(kept.facts["counts"]),
             "pairs": sections["pairs"]["pairs"],
+            **({"not_finite": lost} if lost else {}),
             "shards": len(shards),
         },
         **({"given": files} if (files := given(job.config)) else {}),
@@ -49,7 +51,13 @@ def compose(
     }
     found = checks.examine(report)
     strangers = health.made_elsewhere(direction_set, job.rt.fingerprint)
-    return {"checks": [check.to_dict() for check in found], "warnings": [*strangers, *checks.warnings(found)], **report}
+    warnings = [*strangers, *checks.warnings(found)]
+    if lost:
+        warnings.append(
+            f"{lost} pairs are left out: of each, a branch ended where its logits were not finite. Lower the "
+            f'strengths, or set runtime.dtype to "bfloat16" or "float32"'
+        )
+    return {"checks": [check.to_dict() for check in found], "warnings": warnings, **report}
 
 
 def pair_sections(job: Job, shards: Sequence[Artifact]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from icon2_rt.outputs import Completion
+
 
 def neutral(
     *,
@@ -37,6 +39,17 @@ def neutral(
         eos_token_id=list(eos_token_id) or None,
         **sampled,
     )
+
+
+def sound(completions: Sequence[Completion]) -> Sequence[Completion]:
+    """Unsteered completions themselves, if all of them came to an end.
+
+    Raises:
+        FloatingPointError: the logits of one were not finite: without a steering it is the model or its dtype.
+    """
+    if any(completion.finish_reason == "error" for completion in completions):
+        raise FloatingPointError("the unsteered model's own logits are not finite: its weights, or its dtype")
+    return completions
 
 
 def stage_seed(seed: int, stage: str) -> int:

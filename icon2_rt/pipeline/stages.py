@@ -25,7 +25,7 @@ from icon2_rt.pipeline.functions import load_function
 from icon2_rt.pipeline.instructions import RARE, REASONS, Instruction, read_instructions, synthesise, without_duplicates
 from icon2_rt.pipeline.judges import Judge, load_judge
 from icon2_rt.pipeline.loading import check_directions, system_tokens
-from icon2_rt.pipeline.pairs import Kept, Strengths, decode, residual_profile
+from icon2_rt.pipeline.pairs import Kept, Strengths, decode, n_records, residual_profile
 from icon2_rt.pipeline.templates import ChatFrame
 from icon2_rt.steering import DirectionSet
 
@@ -410,6 +410,9 @@ def pairs(
             )
             records = dataset.rendered_with(records, job.frame.template.variables)
             facts = {"pairs": len(records)}
+            lost = n_records(shard, direction_set, job.config.pairs) - len(records)
+            if lost:
+                facts["not_finite"] = lost
             artifact = job.write(name, {path: dataset.to_parquet(records)}, inputs=inputs, facts=facts)
             job.folder.log("shard", name=name)
         artifacts.append(artifact)
