@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from icon2_rt.engine import batch as engine_batch
+from icon2_rt.engine import upload
 from icon2_rt.engine.forward import computing
 from icon2_rt.engine.graphs import StepGraphs
 from icon2_rt.ops import native_cuda
@@ -74,7 +74,7 @@ def test_results_are_awaited_on_its_stream(monkeypatch):
     recorded: list[Any] = []
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
-    engine_batch._end_of_work(SECOND)
+    upload.end_of_work(SECOND)
     assert recorded == [SECOND]
 
 
