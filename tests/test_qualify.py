@@ -309,6 +309,12 @@ def test_closing_the_pipe_and_staying(trial):
     assert "no end after 4 s" in verdict.reason
 
 
+def test_what_can_be_imported_here_can_be_imported_there(trial, tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert trial("import only_here; " + RIGHT).status == "proven"
+
+
 def test_a_program_that_is_not_there(tmp_path):
     verdict = gate.qualify(
         SUBJECT, GPU, command=("/nonexistent/python",), where=tmp_path, limits=PATIENT, why_no_launch=lambda: None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -420,6 +421,41 @@ def test_a_repeated_call_writes_its_results_anew():
     assert result.tolist() == [0]
     replay()
     assert result.tolist() == [1]
+
+
+def test_a_call_is_captured_by_the_engines_own_graphs(monkeypatch):
+    """On CUDA, where a capture that fails leaves the process able to go on: its reason is what is told."""
+
+    class Graphs:
+        largest = 1
+
+        def __init__(self, step, sizes, device):
+            step(1)  # to warm up
+            step(1)  # captured
+            self.largest = int(worked)
+            if not worked:
+                warnings.warn("a decode step could not be captured as a CUDA graph (no)", stacklevel=1)
+
+        def run(self, rows, step):
+            replayed.append(rows)
+
+    replayed: list[int] = []
+    calls = iter(range(9))
+    monkeypatch.setattr(timing, "StepGraphs", Graphs)
+    worked = True
+    replay, result = timing.captured(lambda: next(calls), torch.device("cuda", 0))
+    replay()
+    assert (result, replayed) == (1, [1])
+    worked = False
+    with pytest.raises(RuntimeError, match=r"could not be captured as a CUDA graph \(no\)"):
+        timing.captured(lambda: 0, torch.device("cuda", 0))
+
+
+def test_what_nobody_changes_is_kept_once():
+    case = Case("silu_mul", 5, (torch.randn(5, 64),))
+    truth = forms.truth(case, frozenset())
+    assert truth.expected["gate_up"] is truth.reference["gate_up"] is case.arguments[0]
+    assert forms._once(ops.silu_mul, case, frozenset())["gate_up"] is case.arguments[0]
 
 
 def test_branches_of_the_trial_are_of_every_kind():

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,8 @@ class End:
 def listen(
     command: Sequence[str], request: Mapping[str, Any], limits: Limits, until: float, hear: Callable[[Event], None]
 ) -> End:
-    """Run ``command`` with ``--request JSON --pipe N`` and hand every event to ``hear``, until it ends or is late.
+    """Run ``command`` with ``--request JSON --pipe N`` and hand every event to ``hear``, until it ends or is late. What
+    can be imported here can be imported there.
 
     Args:
         until: the moment (of :func:`time.monotonic`) when it is late whatever it is at.
@@ -61,6 +63,7 @@ def listen(
             process = subprocess.Popen(
                 [*command, "--request", json.dumps(request), "--pipe", str(writing)],
                 stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, pass_fds=(writing,), start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )  # fmt: skip
         except BaseException:
             os.close(reading)

@@ -23,7 +23,7 @@ from icon2_rt.qualify.child import End, Event, Limits, listen
 from icon2_rt.qualify.facts import DeviceFacts
 from icon2_rt.qualify.verdict import ESSENTIAL, EngineResult, FormResult, Qualification, conclude, named
 
-COMMAND = (sys.executable, "-m", "icon2_rt.trial")
+COMMAND = (sys.executable or "python3", "-P", "-m", "icon2_rt.trial")
 # A trial whose process died is begun again without what it died in, so often.
 MOST_STARTS = 5
 # Interrupted so often in the same place on a machine that was not restarted since, it is not tried there again.

@@ -23,8 +23,8 @@ from icon2_rt.trial.whole import try_engine
 
 GPU = Effort(rows=(2, 16, 64), replays=50, times=7)
 CPU = Effort(rows=(2,), replays=1, times=0)
-# What a trial needs beside the weights and their copy in fp32, piece by piece.
-WORKSPACE = 2 << 30
+# What a trial needs beside the weights: recorded arguments, copies of one call's, products in fp32 piece by piece.
+WORKSPACE = 3 << 30
 
 # For a CPU, where Triton's interpreter takes milliseconds a program.
 SMALL = DecoderSpec("llama", 2, 64, 4, 2, 16, 96, 128, 512, None, 1e-5, 1.0, False)

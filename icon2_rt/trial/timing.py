@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 
+from icon2_rt.engine.graphs import StepGraphs
+from icon2_rt.trial.check import tensors
 
-def captured(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+
+def captured(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
     """``call`` as a CUDA graph, and what it returned while it was captured, which every replay writes anew. It runs
     once before. On a CPU: a function that calls it and copies its results there.
 
@@ -20,24 +25,20 @@ def captured(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[]
     """
     if device.type != "cuda":
         return _repeated(call)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call()
-        torch.cuda.synchronize(device)
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            result = call()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay, result
+    results: list[Any] = []
+
+    def step(rows: int) -> None:
+        results[:] = [call()]
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        graphs = StepGraphs(step, [1], device)  # the engine's own, which knows what to do when a capture fails
+    if not graphs.largest:
+        raise RuntimeError(str(said[-1].message) if said else "it cannot be captured as a CUDA graph")
+    return partial(graphs.run, 1, step), results[0]
 
 
-def _repeated(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    from icon2_rt.trial.check import tensors
-
+def _repeated(call: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
     result = call()
 
     def replay() -> None:
