@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from icon2_rt.trial.check import rebuild
+from icon2_rt.trial.check import tensors as named_tensors
 
 
 @contextmanager
@@ -47,21 +49,9 @@ def copied(value: Any, *, upcast: bool) -> Any:
     """The arguments anew, so that what an op writes into is nobody else's."""
     if isinstance(value, Tensor):
         return value.float() if upcast and value.is_floating_point() else value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(copied(v, upcast=upcast) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: copied(getattr(value, f.name), upcast=upcast) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value
+    return rebuild(value, lambda v, _: copied(v, upcast=upcast))
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for v in value:
-            yield from tensors(v)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from tensors(getattr(value, f.name))
+    """Every tensor inside, in order, without memory that an op may leave anything in."""
+    return (tensor for _, tensor in named_tensors(value))

@@ -7,11 +7,11 @@ numbers) and stay finite.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from icon2_rt.models import DecoderSpec, DecoderWeights, LayerWeights
+from icon2_rt.models import DecoderSpec, DecoderWeights
 from icon2_rt.models.decoder import decoder_of
+from icon2_rt.trial import decoder
 
 SEED = 0
 STD = 0.02
@@ -36,35 +36,8 @@ _USUAL_THETA = 1e4
 
 def random_weights(name: str, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
     """The decoder's tensors in the runtime's own layout, drawn in place on ``device``."""
-    spec = SHAPES[name]
-    generator = torch.Generator(device).manual_seed(SEED)
-
-    def rand(*shape: int, mean: float = 0.0, std: float = STD) -> Tensor:
-        return torch.empty(*shape, device=device, dtype=dtype).normal_(mean, std, generator=generator)
-
-    def norm() -> Tensor:
-        return rand(hidden, mean=1.0, std=0.1)
-
-    hidden, ffn, d = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    heads = spec.n_heads + 2 * spec.n_kv_heads
-    layers = [
-        LayerWeights(
-            input_norm=norm(),
-            qkv=rand(heads * d, hidden),
-            qkv_bias=rand(heads * d) if spec.family == "qwen2" else None,
-            q_norm=None,
-            k_norm=None,
-            o=rand(hidden, spec.n_heads * d),
-            post_norm=norm(),
-            gate_up=rand(2 * ffn, hidden),
-            down=rand(hidden, ffn),
-        )
-        for _ in range(spec.n_layers)
-    ]
-    embedding = rand(spec.vocab_size, hidden)
-    lm_head = embedding if spec.tied_embeddings else rand(spec.vocab_size, hidden)
-    inv_freq = _ROPE_THETA.get(name, _USUAL_THETA) ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
-    return DecoderWeights(embedding, layers, norm(), lm_head, inv_freq)
+    theta = _ROPE_THETA.get(name, _USUAL_THETA)
+    return decoder.random_weights(SHAPES[name], device, dtype, seed=SEED, std=STD, rope_theta=theta)
 
 
 def transformers_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
