@@ -134,17 +134,17 @@ def read_spec(model: PreTrainedModel, family: Family) -> DecoderSpec:
     _check_parameters(model, family)
     if model.config.num_attention_heads % model.config.num_key_value_heads:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-    return _sizes(model, family)
+    return _sizes(model, family, _tied(model))
 
 
 def spec_of_config(config: PretrainedConfig, family: Family) -> DecoderSpec:
     """The sizes of the model that ``config`` describes, without its weights. What :func:`read_spec` refuses in weights
-    is not seen here."""
+    is not seen here, and of tied embeddings the config's word is taken."""
     with torch.device("meta"):
-        return _sizes(AutoModelForCausalLM.from_config(config), family)
+        return _sizes(AutoModelForCausalLM.from_config(config), family, bool(config.tie_word_embeddings))
 
 
-def _sizes(model: PreTrainedModel, family: Family) -> DecoderSpec:
+def _sizes(model: PreTrainedModel, family: Family, tied: bool) -> DecoderSpec:
     config = model.config
     return DecoderSpec(
         family=family.name,
@@ -159,7 +159,7 @@ def _sizes(model: PreTrainedModel, family: Family) -> DecoderSpec:
         sliding_window=family.sliding_window(config),
         rms_norm_eps=config.rms_norm_eps,
         rope_scaling=float(decoder_of(model).rotary_emb.attention_scaling),
-        tied_embeddings=_tied(model),
+        tied_embeddings=tied,
     )
 
 

@@ -59,8 +59,9 @@ class Subject:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What kernels are specialised on. Neither the number of blocks nor the longest context is among it."""
-        spec = {k: v for k, v in asdict(self.spec).items() if k not in ("n_layers", "max_position", "sliding_window")}
+        """What kernels are specialised on. The number of blocks, the longest context and what is tied are not."""
+        others = ("n_layers", "max_position", "sliding_window", "tied_embeddings")
+        spec = {k: v for k, v in asdict(self.spec).items() if k not in others}
         return {**self.to_dict(), "spec": spec}
 
 
