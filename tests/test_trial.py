@@ -297,7 +297,13 @@ def test_the_calls_of_a_graphs_step_are_recorded():
         (True, False), (False, False), (False, True),
     }  # fmt: skip
     [sample] = [c for c in cases if c.op == "sample" and c.rows == 2]
-    assert all(value is not None for name, value in vars(sample.arguments[1]).items() if name != "scratch")
+    assert all(value is not None for value in vars(sample.arguments[1]).values())
+    [attention, *_] = [c for c in cases if c.op == "grouped_decode_attention" and c.rows == 2]
+    assert attention.arguments[3].partials is not None
+    fences = Fences()
+    how = fences.copy(sample.arguments)[1]
+    how.scratch.view(-1).as_strided((1,), (1,), how.scratch.storage_offset() + how.scratch.numel()).fill_(0)
+    assert fences.broken() == "scratch"
     linear = [c for c in cases if c.op == "linear" and c.rows == 2]
     assert len(linear) == 5 and all(c.arguments[1].data_ptr() in kept for c in linear)
 

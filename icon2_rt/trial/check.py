@@ -53,7 +53,8 @@ class Fences:
         if isinstance(value, Tensor):
             if value.data_ptr() in kept:
                 return value
-            return self.empty(tuple(value.shape), value.dtype, value.device, name).copy_(value)
+            fenced = self.empty(tuple(value.shape), value.dtype, value.device, name)
+            return fenced if name in SCRATCH else fenced.copy_(value)
         return rebuild(value, lambda v, part: self.copy(v, kept, part or name))
 
     def broken(self) -> str | None:
@@ -97,7 +98,7 @@ def upcast(value: Any) -> Any:
         return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value.clone()
     if isinstance(value, torch.dtype):
         return torch.float32 if value.is_floating_point else value
-    return rebuild(value, lambda v, _: upcast(v))
+    return rebuild(value, lambda v, part: v if part in SCRATCH else upcast(v))
 
 
 def tensors(value: Any, name: str = "result") -> Iterator[tuple[str, Tensor]]:

@@ -20,13 +20,13 @@ from torch import Tensor
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, Request, Sampling
 from icon2_rt.engine.kv import page_bytes
 from icon2_rt.models import DecoderSpec
-from icon2_rt.ops import Ops, RowSampling, RowState, forms, prefill
+from icon2_rt.ops import Ops, RowSampling, RowState, forms, native, native_cuda_ops, prefill, triton_ops
 from icon2_rt.ops.philox import exponential_noise
 from icon2_rt.ops.sample import process, warp
 from icon2_rt.qualify.cache import Subject
 from icon2_rt.qualify.verdict import ESSENTIAL, PREFILL, REPLACEABLE, FormResult
 from icon2_rt.steering import CompiledSteering, Direction, compile_steering
-from icon2_rt.trial.check import TIE, Fenced, Fences, compare, rebuild, same_bytes, tensors, upcast
+from icon2_rt.trial.check import SCRATCH, TIE, Fenced, Fences, compare, rebuild, same_bytes, tensors, upcast
 from icon2_rt.trial.decoder import random_weights
 from icon2_rt.trial.tell import Teller
 from icon2_rt.trial.timing import captured, microseconds
@@ -66,8 +66,9 @@ class Recorder:
         self._rows: int | None = None
 
     def ops(self) -> Ops:
+        """To be run in the buffers of the kernels, their scratch included."""
         wrapped: dict[str, Any] = {op: self._wrap(op, reference_of(op)) for op in (*OPS, PREFILL)}
-        return replace(Ops(), fixed=True, **wrapped)
+        return replace(Ops(), fixed=True, attention_partials=True, sample_scratch=_most_scratch, **wrapped)
 
     def _wrap(self, op: str, function: Callable) -> Callable:
         signature = inspect.signature(function)
@@ -89,7 +90,13 @@ class Recorder:
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value if value.data_ptr() in self._kept else value.clone(memory_format=torch.contiguous_format)
-        return rebuild(value, lambda v, _: self._copy(v))
+        return rebuild(value, lambda v, part: v if part in SCRATCH else self._copy(v))
+
+
+def _most_scratch(rows: int, vocab: int) -> int:
+    """Bytes that are enough for ``sample`` in every form."""
+    there = [triton_ops(), *([native_cuda_ops()] if hasattr(native.extension, "cuda_sample_scratch") else [])]
+    return max(ops.sample_scratch(rows, vocab) for ops in there)
 
 
 def reference_of(op: str) -> Callable:
@@ -379,7 +386,7 @@ def _times(
 def _copied(value: Any, kept: frozenset[int]) -> Any:
     if isinstance(value, Tensor):
         return value if value.data_ptr() in kept else value.clone()
-    return rebuild(value, lambda v, _: _copied(v, kept))
+    return rebuild(value, lambda v, part: v if part in SCRATCH else _copied(v, kept))
 
 
 def _for_timing(case: Case) -> tuple[Any, ...]:
