@@ -26,7 +26,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, max_length: int):
         self.tokenizer, self.vocab_size, self.max_length = tokenizer, vocab_size, max_length
         self.template = ChatTemplate(tokenizer)
-        self._told_about_chats = False
+        self._told_about_chats = self._told_about_bos = False
         # Of what stands before a text: it is asked for again with every token of a row that has stop strings.
         self._text_of = lru_cache(maxsize=1024)(self._decode)
 
@@ -178,7 +178,24 @@ class Encoder:
                 stacklevel=5,
             )
         check_text(text)
-        return list(tokenizer.encode(text))
+        ids, bos = list(tokenizer.encode(text)), tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+            if not self._told_about_bos:
+                self._told_about_bos = True
+                warnings.warn(
+                    f"the text begins with {tokenizer.bos_token}, which the tokenizer would put in front again: one "
+                    f"is kept. For two pass token ids",
+                    stacklevel=5,
+                )
+            del ids[0]
+        return ids
+
+    def beginning(self, text: str) -> list[int]:
+        """A text that others continue: without the eos that some tokenizers put behind every text."""
+        ids, plain = self._text(text), self._need_tokenizer("a text").encode(text, add_special_tokens=False)
+        eos = self._need_tokenizer("a text").eos_token_id
+        added = ids[-1:] == [eos] and ids.count(eos) > plain.count(eos)
+        return self.check(ids[:-1] if added else ids)
 
     def _chat(
         self, messages: Sequence[Mapping[str, str]], generation_prompt: bool, template: ChatTemplate
@@ -250,12 +267,21 @@ def check_text(text: str) -> None:
 
 def is_chat(prompt: object) -> bool:
     """Is this one chat (a list of messages)?"""
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt)
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and any(isinstance(m, Mapping) and "input_ids" not in m for m in prompt)
+    )
 
 
 def _as_ids(prompt: Any) -> list[int]:
+    encoded = isinstance(prompt, Mapping) and "input_ids" in prompt  # what a tokenizer's call returns
+    if encoded:
+        prompt = prompt["input_ids"]
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = prompt.tolist()
+    if encoded and len(prompt) == 1 and isinstance(prompt[0], list):  # with return_tensors it is a batch, here of one
+        [prompt] = prompt
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise TypeError(
             f"a prompt is a str, a list of chat messages or a list of token ids, not {type(prompt).__name__}"

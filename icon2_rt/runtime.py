@@ -782,7 +782,12 @@ class Prefix:
     def __init__(self, runtime: Runtime, start: Prompt, variables: TemplateVariables = None):
         self._runtime, self._start = runtime, start
         self._template = runtime._encoder.template_for(variables)
-        self.tokens = tuple(runtime._encoder.encode(start, generation_prompt=False, template=self._template))
+        encoder = runtime._encoder
+        self.tokens = tuple(
+            encoder.beginning(start)
+            if isinstance(start, str)
+            else encoder.encode(start, generation_prompt=False, template=self._template)
+        )
         self._pinned: PinnedPrefix | None = None
 
     def __enter__(self) -> Prefix:

@@ -201,11 +201,11 @@ class Direction:
         formats.save(self, path)
 
     @staticmethod
-    def load(path: str | Path) -> Direction:
-        """Read the one direction of a ``.safetensors`` or ``.gguf`` file."""
+    def load(path: str | Path, *, n_layers: int | None = None) -> Direction:
+        """Read the one direction of a ``.safetensors`` or ``.gguf`` file; see :func:`icon2_rt.formats.load`."""
         from icon2_rt import formats
 
-        found = formats.load(path)
+        found = formats.load(path, n_layers=n_layers)
         if len(found) != 1:
             raise ValueError(f"{path} holds {len(found)} directions {found.names}: use DirectionSet.load and pick one")
         return next(iter(found))
@@ -259,11 +259,11 @@ class DirectionSet:
         formats.save(self, path)
 
     @staticmethod
-    def load(path: str | Path) -> DirectionSet:
-        """Read every direction of a ``.safetensors`` or ``.gguf`` file."""
+    def load(path: str | Path, *, n_layers: int | None = None) -> DirectionSet:
+        """Read every direction of a ``.safetensors`` or ``.gguf`` file; see :func:`icon2_rt.formats.load`."""
         from icon2_rt import formats
 
-        return formats.load(path)
+        return formats.load(path, n_layers=n_layers)
 
     def __repr__(self) -> str:
         return f"DirectionSet({self.names})"
@@ -590,9 +590,14 @@ def _strength(value: float | Sequence[float] | Tensor, direction: Direction) -> 
     if isinstance(value, bool | str | Direction | Steering):
         raise TypeError(f"a strength is a number, or one number per block, not {value!r}")
     strength = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    if strength.ndim == 1 and len(strength) == len(direction.layers) != direction.n_layers:
+        each = torch.zeros(direction.n_layers, dtype=torch.float32, device="cpu")
+        each[direction.layers] = strength
+        strength = each
     if strength.ndim > 1 or (strength.ndim == 1 and len(strength) != direction.n_layers):
         raise ValueError(
-            f"direction {direction.name!r}: a strength is one number or one per block [{direction.n_layers}], "
+            f"direction {direction.name!r}: a strength is one number, one per block of the model "
+            f"[{direction.n_layers}], or one per block of the slice that has a vector [{len(direction.layers)}], "
             f"not of shape {list(strength.shape)}"
         )
     if not torch.isfinite(strength).all():

@@ -75,10 +75,18 @@ def look(config: RunConfig) -> None:
         return  # no decoder that runs here; the runtime says which do
     bands = controlled_bands(config, checkpoint.num_hidden_layers)
     if config.directions.file is not None:
-        made = DirectionSet.load(config.directions.file)
+        made = read_directions(config.directions.file, checkpoint.num_hidden_layers)
         check_directions(made, checkpoint.num_hidden_layers, checkpoint.hidden_size, bands)
     shortest = frame.length(frame.messages("a"))
     check_limits(config, checkpoint.max_position_embeddings, len(frame.pre_query), shortest)
+
+
+def read_directions(path: str | Path, n_layers: int) -> DirectionSet:
+    """The directions of a file for a model of ``n_layers`` blocks: another tool's control vector may stop before the
+    last of them, and does not say how many there are."""
+    made = DirectionSet.load(path)
+    stops_early = all(d.method == "imported" and d.n_layers < n_layers for d in made)
+    return DirectionSet.load(path, n_layers=n_layers) if stops_early and str(path).endswith(".gguf") else made
 
 
 def check_directions(made: DirectionSet, n_layers: int, hidden_size: int, bands: Mapping[str, Sequence[int]]) -> None:

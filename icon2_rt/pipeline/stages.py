@@ -24,7 +24,7 @@ from icon2_rt.pipeline.folder import RAN, Artifact, RunFolder
 from icon2_rt.pipeline.functions import load_function
 from icon2_rt.pipeline.instructions import RARE, REASONS, Instruction, read_instructions, synthesise, without_duplicates
 from icon2_rt.pipeline.judges import Judge, load_judge
-from icon2_rt.pipeline.loading import check_directions, system_tokens
+from icon2_rt.pipeline.loading import check_directions, read_directions, system_tokens
 from icon2_rt.pipeline.pairs import Kept, Strengths, decode, n_records, residual_profile
 from icon2_rt.pipeline.templates import ChatFrame
 from icon2_rt.steering import DirectionSet
@@ -124,7 +124,7 @@ def directions(
     artifact = job.folder.finished(name, inputs)
     if artifact is None:
         if job.config.directions.file is not None:
-            made = DirectionSet.load(job.config.directions.file)
+            made = read_directions(job.config.directions.file, job.rt.spec.n_layers)
             check_directions(made, job.rt.spec.n_layers, job.rt.spec.hidden_size, job.bands)
         else:
             criteria = job.config.resolved_criteria()
