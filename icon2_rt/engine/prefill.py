@@ -196,21 +196,21 @@ def _run_pack(
 
 @dataclass(frozen=True)
 class _PackedSegments(Segments):
-    """Segments whose tensors are on the device already."""
+    """Segments whose tensors (slots, queries before, keys before) are on the device already."""
 
-    uploaded: Mapping[str, Tensor] = field(default_factory=dict)
+    uploaded: tuple[Tensor, Tensor, Tensor]
 
     @property
     def slots(self) -> Tensor:
-        return self.uploaded["seen"]
+        return self.uploaded[0]
 
     @property
     def queries_before(self) -> Tensor:
-        return self.uploaded["queries_before"]
+        return self.uploaded[1]
 
     @property
     def keys_before(self) -> Tensor:
-        return self.uploaded["keys_before"]
+        return self.uploaded[2]
 
 
 class _Stretch:
@@ -264,7 +264,9 @@ class _Stretch:
             n_pages = -(-end // self._page_size)
             segments.append(Segment(begin, begin + end - start, start, up["pages"][page : page + n_pages]))
             begin, page = begin + end - start, page + n_pages
-        scale, packed = model.spec.head_dim**-0.5, _PackedSegments(tuple(segments), self._page_size, up)
+        scale = model.spec.head_dim**-0.5
+        uploaded = up["seen"], up["queries_before"], up["keys_before"]
+        packed = _PackedSegments(tuple(segments), self._page_size, uploaded)
 
         def attend(layer: int, q: Tensor) -> Tensor:
             return model.ops.prefill_attention(q, kv.k[layer], kv.v[layer], packed, scale)
