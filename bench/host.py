@@ -6,8 +6,9 @@ Llama-3-8B with narrow heads. Its steps and its prefill are stubs: nothing compu
 - A *copy up* is a call that brings host memory to the device, a *copy down* one that brings device memory to the host:
   ``Tensor.to(device)``, ``torch.tensor(device=)`` and ``copy_(non_blocking=True)``. On a CUDA device each copy up of
   ``copy_`` goes through pinned memory; the others wait for the device (*blocking*).
-- Times are the clock's on this machine: median, least and most; other work on it makes them longer. *Calls* are the
-  Python and C functions that the interpreter calls meanwhile, the same number in every run.
+- Times are those of the thread on its core: median, least and most. Other work on the machine makes them longer, by
+  what it leaves of the caches. *Calls* are the Python and C functions that the interpreter calls meanwhile, the same
+  number in every run.
 
 ``--label before`` and ``--label after`` keep two versions of the code side by side in one file.
 """
@@ -280,14 +281,14 @@ def layout_times(pairs: int, prompt: int, rounds: int) -> dict[str, Any]:
         gone, spare = groups[pairs // 2], groups[pairs]
         for _ in range(rounds):
             batch._valid = 0
-            begin = time.perf_counter()
+            begin = time.thread_time()
             batch._lay_out()
-            steady.append(1e3 * (time.perf_counter() - begin))
+            steady.append(1e3 * (time.thread_time() - begin))
             batch.leave(gone)
-            begin = time.perf_counter()
+            begin = time.thread_time()
             batch.join(spare)
             batch._lay_out()
-            joined.append(1e3 * (time.perf_counter() - begin))
+            joined.append(1e3 * (time.thread_time() - begin))
             gone, spare = spare, gone
         batch._valid = 0
         calls = calls_of(batch._lay_out)
@@ -307,7 +308,7 @@ def step_times(pairs: int) -> dict[str, Any]:
     engine = idle_engine(pages=pairs * 110, max_rows=2 * pairs)
     asked = pairs_of(engine, pairs, prompt=512, budget=512)
     marks: list[float] = []
-    with without_a_device(lambda batch: marks.append(time.perf_counter())):
+    with without_a_device(lambda batch: marks.append(time.thread_time())):
         drain(engine, [replace(r, budget=2) for r in asked])
         marks.clear()
         drain(engine, asked)

@@ -587,7 +587,7 @@ def _host(record: dict[str, Any]) -> str:
     return (
         "Steps and prefill are stubs, so that what is left is the host's work; the sizes are Llama-3-8B's. A copy that "
         "is *blocking* waits for the device. Calls are the functions that the interpreter calls, Python's and C's: the "
-        "same in every run, while the clock's times (median, least to most) grow with other work on the machine. "
+        "same in every run, while the times of the thread (median, least to most) grow with other work on the machine. "
         f"Commits: {commits}.\n\n" + _table(["", *names], [[what, *values] for what, values in rows.items()])
     )
 

@@ -73,7 +73,8 @@ class _Items:
     family: np.ndarray  # [n] int64, a number of the family
 
     def take(self, which: np.ndarray) -> _Items:
-        return _Items(*(array[which] for array in vars(self).values()))
+        """Those at the indices ``which``."""
+        return _Items(*(array.take(which, axis=0) for array in vars(self).values()))
 
 
 class ItemPlanner:
@@ -126,7 +127,7 @@ class ItemPlanner:
         stale = [self._number.pop(family) for family in changed if family in self._number]
         kept = self._items
         if stale:
-            kept = kept.take(~np.isin(kept.family, stale))
+            kept = kept.take(np.flatnonzero(~np.isin(kept.family, stale)))
         fresh = self._make(sorted((seat, family) for family in changed for seat in self._members[family]))
         self._items = _Items(
             *(np.concatenate(both) for both in zip(vars(kept).values(), vars(fresh).values(), strict=True))
