@@ -25,9 +25,9 @@ PRODUCT_SHARE, WORST_SHARE, BEST_SHARE = 0.87, 0.82, 0.92
 
 # Between steps. The results' copies and the event behind them leave the device idle for 5 to 10 µs a step.
 RESULTS_SECONDS = 7.5e-6
-# The host's part of a prefill pass (6 to 8 ms of Python), during which no step is launched; some 30 small copies to
+# The host's part of a prefill pass (6 to 8 ms of Python), during which no step is launched; some ten small copies to
 # seat the rows that join; what a pass reaches of a large product's speed, attention and small kernels included.
-PASS_HOST_SECONDS, JOIN_SECONDS, PASS_SHARE = 7e-3, 0.3e-3, 0.75
+PASS_HOST_SECONDS, JOIN_SECONDS, PASS_SHARE = 7e-3, 0.1e-3, 0.75
 PASS_TOKENS = 2048  # the default of prefill_chunk
 NEW_TOKENS = 256  # of a branch, in the table of runs
 

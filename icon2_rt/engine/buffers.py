@@ -100,6 +100,7 @@ class Buffers:
             partials = zeros(sizes.partials, spec.n_heads, spec.head_dim, dtype=torch.float32)
             partial_lse = zeros(sizes.partials, spec.n_heads, dtype=torch.float32)
         scratch = model.ops.sample_scratch(seats, spec.vocab_size)
+        self._of: dict[int, StepInputs] = {}
         self.inputs = StepInputs(
             state=RowState(
                 tokens=tokens_of(self.results, seats),
@@ -140,7 +141,13 @@ class Buffers:
         )
 
     def of(self, n: int) -> StepInputs:
-        """The first ``n`` seats, with nothing known about them."""
+        """The first ``n`` seats, with nothing known about them; the items as they are now, of which an op may keep what
+        it worked out."""
+        if n not in self._of:
+            self._of[n] = self._first(n)
+        return replace(self._of[n], items=replace(self._of[n].items))
+
+    def _first(self, n: int) -> StepInputs:
         b = self.inputs
         assert b.steering is not None
         per_row = {name: x[:n] for name, x in vars(b.sampling).items() if name != "scratch"}

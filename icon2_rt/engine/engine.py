@@ -174,7 +174,7 @@ class Engine:
                             for row in rows:
                                 row.stops = StopText(strings, row.request.tokens, decode)
                     batch.join([row for rows in admitted for row in rows])
-                    held = 0
+                    fitting, held = [], 0
                 if not running:  # nothing of ours will free a page: somebody else holds them
                     self._check_free(waiting[0][1].pages)
                 # Rows that sit far apart are moved together once nothing is under way.
