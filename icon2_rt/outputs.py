@@ -38,23 +38,26 @@ class Completion:
 
 @dataclass(frozen=True)
 class BranchedOutput:
-    """The K branches of one prompt, in the order in which they were asked for."""
+    """The K branches of one prompt, in the order in which they were asked for; ``index`` is the prompt's place in the
+    call, and ``sample`` the number of this sample of it (0 to n - 1, where ``n`` samples were asked for)."""
 
     index: int
     prompt: Prompt
     branches: list[Completion]
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class PairedOutput:
-    """The positive and the negative branch of one prompt; ``index`` is the prompt's place in the call, and
-    ``chat_template_kwargs`` are the variables that the call gave the chat template."""
+    """The positive and the negative branch of one prompt; ``index`` is the prompt's place in the call, ``sample`` the
+    number of this sample of it, and ``chat_template_kwargs`` are the variables that the call gave the chat template."""
 
     index: int
     prompt: Prompt
     positive: Completion
     negative: Completion
     chat_template_kwargs: Mapping[str, Any] | None = None
+    sample: int = 0
 
     def to_preference(self) -> dict[str, Any]:
         """TRL's preference record ``{prompt, chosen, rejected}``: messages if the prompt was a chat, else strings.

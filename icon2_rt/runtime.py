@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -263,7 +264,7 @@ class Runtime:
     # ---------------------------------------------------------------- generating
 
     def generate(self, prompts: Sequence[Prompt], steering: Steerings = None, **options: Any) -> list[Completion]:
-        """One completion per prompt, in order.
+        """One completion per prompt, in order; with ``n=``, the n samples of each prompt one after the other.
 
         Args:
             prompts: a list of texts, chats (lists of messages) or lists of token ids.
@@ -279,6 +280,7 @@ class Runtime:
         prompts: Sequence[Prompt],
         branches: Sequence[Steerings],
         *,
+        n: int = 1,
         prefix: Prefix | None = None,
         seed: int | Sequence[int] | None = None,
         noise: Noise = "independent",
@@ -294,10 +296,13 @@ class Runtime:
             prompts: a list of texts, chats (lists of messages) or lists of token ids. A chat that ends with a message
                 of the assistant is continued there.
             branches: K entries, each a steering for all prompts (None = unsteered) or a list with one per prompt.
+            n: samples of every prompt. All of them share the prompt's KV, and each has random numbers of its own. The
+                result has n outputs per prompt, one after the other: ``output.index`` is the prompt's place and
+                ``output.sample`` the sample's number. Sample 0 is what n=1 gives.
             prefix: of :meth:`prefix`, which every prompt continues.
-            seed: one for the call (a random one if not given), or a list of row seeds, one per prompt and branch,
-                prompt by prompt.
-            noise: "common" gives the branches of a prompt the same random numbers.
+            seed: one for the call (a random one if not given), or a list of row seeds, one per prompt, sample and
+                branch in the order of the result.
+            noise: "common" gives the branches of a sample the same random numbers.
             sample_ids: one per prompt, in place of its index, in the derivation of row seeds.
             generation_config: the base of the sampling options; what it leaves out is taken from the model's own.
             chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
@@ -312,7 +317,7 @@ class Runtime:
         with self._turns:
             return _in_order(
                 self.stream_branches(
-                    prompts, branches, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
+                    prompts, branches, n=n, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
                     generation_config=generation_config, chat_template_kwargs=chat_template_kwargs, progress=progress,
                     **sampling,
                 )
@@ -354,7 +359,7 @@ class Runtime:
         """
         outputs = self._stream(prompts, {"positive": positive, "negative": negative}, **options)
         variables = options.get("chat_template_kwargs")
-        pairs = (PairedOutput(o.index, o.prompt, o.branches[0], o.branches[1], variables) for o in outputs)
+        pairs = (PairedOutput(o.index, o.prompt, o.branches[0], o.branches[1], variables, o.sample) for o in outputs)
         return Stream(self._turns, pairs)
 
     def _stream(
@@ -362,6 +367,7 @@ class Runtime:
         prompts: Sequence[Prompt],
         branches: Mapping[str, Steerings],
         *,
+        n: int = 1,
         prefix: Prefix | None = None,
         seed: int | Sequence[int] | None = None,
         noise: Noise = "independent",
@@ -385,18 +391,20 @@ class Runtime:
         template = self._encoder.template_for(chat_template_kwargs)
         tokens = self._tokens(prompts, prefix, chat_template_kwargs)
         steerings = self._steerings(branches, len(tokens))
-        budgets = [self._budget(n, len(t), options, "max_new_tokens" in sampling) for n, t in enumerate(tokens)]
-        seeds = self._seeds(len(tokens), len(steerings), seed, noise, sample_ids, options)
+        budgets = [self._budget(i, len(t), options, "max_new_tokens" in sampling) for i, t in enumerate(tokens)]
+        n = _plain(n)
+        _check_samples(n, options)
+        seeds = iter(self._seeds(len(tokens), n, len(steerings), seed, noise, sample_ids, options))
         requests = [
             Request(
-                index=n,
+                index=i,
                 tokens=tuple(ids),
-                branches=tuple(Branch(row[n], seeds[n * len(steerings) + k]) for k, row in enumerate(steerings)),
+                branches=tuple(Branch(row[i], next(seeds)) for _ in range(n) for row in steerings),
                 sampling=options,
-                budget=budgets[n],
+                budget=budgets[i],
                 prefix=pinned,
             )
-            for n, ids in enumerate(tokens)
+            for i, ids in enumerate(tokens)
         ]
         names = list(branches)
         _check_scopes(requests, names)
@@ -442,7 +450,7 @@ class Runtime:
         stop_strings = requests[0].sampling.stop_strings if requests else ()  # of the call: the same for all
         decode = self._encoder.decode_for(stop_strings) if stop_strings else None
         with (
-            self._recording("generate", len(requests) * len(branches), branches) as record,
+            self._recording("generate", sum(len(r.branches) for r in requests), branches) as record,
             closing(self._engine.decode(requests, decode, record)) as decoded,  # what was running is counted
             tqdm(total=len(requests), unit="prompt", disable=not progress) as bar,
         ):
@@ -451,16 +459,21 @@ class Runtime:
                 pinned = len(request.prefix.tokens) if request.prefix is not None else 0
                 self.usage.generated(len(request.tokens), pinned, [len(row.tokens) for row in rows])
                 prompt = prompts[request.index]
-                self._tell_errors(request, rows)
-                yield BranchedOutput(request.index, prompt, [self._completion(row, prompt, template) for row in rows])
+                self._tell_errors(request, rows, len(branches))
+                completions = [self._completion(row, prompt, template) for row in rows]
+                for sample, begin in enumerate(range(0, len(rows), len(branches))):
+                    one = completions[begin : begin + len(branches)]
+                    yield BranchedOutput(request.index, prompt, one, sample)
 
-    def _tell_errors(self, request: Request, rows: Sequence[Row]) -> None:
+    def _tell_errors(self, request: Request, rows: Sequence[Row], n_branches: int) -> None:
         bad = next((row for row in rows if row.finish == "error"), None)
         if bad is not None:
+            sample, branch = divmod(bad.branch, n_branches)
+            of_sample = f"sample {sample}, " if len(rows) > n_branches else ""
             warnings.warn(
-                f"prompts[{request.index}], branch {bad.branch}: the logits of token {len(bad.tokens)} are not finite: "
-                f"the steering is too strong for {self.dtype}, or a weight is bad. This branch ends there, with "
-                f"finish_reason='error'",
+                f"prompts[{request.index}], {of_sample}branch {branch}: the logits of token {len(bad.tokens)} are not "
+                f"finite: the steering is too strong for {self.dtype}, or a weight is bad. This branch ends there, "
+                f"with finish_reason='error'",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -496,13 +509,14 @@ class Runtime:
     def _seeds(
         self,
         n_prompts: int,
+        n_samples: int,
         n_branches: int,
         seed: int | Sequence[int] | None,
         noise: Noise,
         sample_ids: Sequence[int] | None,
         options: Sampling,
     ) -> list[int | None]:
-        """One row seed per prompt and branch, prompt by prompt; None for greedy rows."""
+        """One row seed per prompt, sample and branch, prompt by prompt; None for greedy rows."""
         if noise not in ("independent", "common"):
             raise ValueError(f"noise must be 'independent' or 'common', not {noise!r}")
         seed, sample_ids = _plain(seed), _plain(sample_ids)
@@ -513,10 +527,12 @@ class Runtime:
         if isinstance(seed, bool) or not (seed is None or isinstance(seed, int | Sequence)):
             raise TypeError(f"seed is a whole number or a list of them, not {seed!r}")
         if isinstance(seed, Sequence):
-            if len(seed) != n_prompts * n_branches:
+            n_rows = n_prompts * n_samples * n_branches
+            if len(seed) != n_rows:
+                samples = f" × {n_samples} samples" if n_samples > 1 else ""
                 raise ValueError(
-                    f"a list of seeds has one per row: {n_prompts} prompts × {n_branches} branches = "
-                    f"{n_prompts * n_branches}, not {len(seed)}"
+                    f"a list of seeds has one per row: {n_prompts} prompts{samples} × {n_branches} branches = "
+                    f"{n_rows}, not {len(seed)}"
                 )
             for s in seed:
                 if not _is_int(s) or not 0 <= s < 2**64:
@@ -527,8 +543,9 @@ class Runtime:
         else:
             base = int.from_bytes(os.urandom(8), "little") if seed is None else seed
             ids = list(range(n_prompts)) if sample_ids is None else list(sample_ids)
-            places = [(i, None if noise == "common" else k) for i in ids for k in range(n_branches)]
-            rows = row_seeds(base, [i for i, _ in places], [k for _, k in places])
+            counts = (range(n_samples), range(n_branches))
+            places = [(i, None if noise == "common" else k, s) for i in ids for s, k in product(*counts)]
+            rows = row_seeds(base, [i for i, _, _ in places], [k for _, k, _ in places], [s for *_, s in places])
         return list(rows) if options.do_sample else [None] * len(rows)
 
     def _steerings(self, branches: Mapping[str, Steerings], n_prompts: int) -> list[list[CompiledSteering | None]]:
@@ -851,6 +868,16 @@ _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
     "cuda_graphs",
 )  # fmt: skip
+
+
+def _check_samples(n: int, sampling: Sampling) -> None:
+    """Refuse samples that would all be alike."""
+    if not _is_int(n) or n < 1:
+        raise ValueError(f"n, the samples of a prompt, must be a whole number of at least 1, not {n!r}")
+    if n > 1 and not sampling.do_sample:
+        raise ValueError(
+            f"n={n} with greedy decoding would give {n} equal completions: give a temperature, or do_sample=True"
+        )
 
 
 def _check_scopes(requests: Sequence[Request], branches: Sequence[str]) -> None:

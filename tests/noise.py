@@ -21,9 +21,9 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return x0, x1, x2, x3
 
 
-def row_seed(seed: int, sample_id: int, branch: int | None) -> int:
-    """The row seed of a branch; ``branch=None`` is common noise."""
-    counter = (sample_id & MASK, sample_id >> 32, 0 if branch is None else branch + 1, 0)
+def row_seed(seed: int, sample_id: int, branch: int | None, sample: int = 0) -> int:
+    """The row seed of a branch; ``branch=None`` is common noise. ``sample`` numbers the samples of one prompt."""
+    counter = (sample_id & MASK, sample_id >> 32, 0 if branch is None else branch + 1, sample)
     words = philox(counter, (seed & MASK, seed >> 32))
     return words[0] | words[1] << 32
 

@@ -36,7 +36,8 @@ class Record:
     """What one call did so far.
 
     Attributes:
-        branches: the argument that each branch of a request came from. asked: rows that the call asks for; ``ended`` is
+        branches: the argument that each branch of a request came from; a request of several samples has these over and
+            over, once for each. asked: rows that the call asks for; ``ended`` is
             how many of them ran to their own end.
         The others are those of :class:`~icon2_rt.outputs.LastRun` and :class:`~icon2_rt.outputs.Paths`.
     """
@@ -85,7 +86,8 @@ class Record:
         """A row whose steering held on ``cached`` positions that went through all blocks up to the last one's K and V,
         and on ``run`` positions that went through all of them."""
         for name, place, layers in zip(steering.names, steering.places, steering.layers, strict=True):
-            key = (self.branches[branch] if self.branches else "", name, place, steering.scope)
+            argument = self.branches[branch % len(self.branches)] if self.branches else ""
+            key = (argument, name, place, steering.scope)
             count = self._fired.setdefault(key, _Count())
             before_last = len(layers) - (layers[-1] == steering.n_layers - 1)
             total = cached * before_last + run * len(layers)

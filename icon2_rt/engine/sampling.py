@@ -108,6 +108,8 @@ def resolve_sampling(
     for name, value in merged.items():
         if name in SUPPORTED or name in _HARMLESS or value in _NEUTRAL.get(name, ()):
             continue
+        if name == "num_return_sequences":
+            raise ValueError(f"{name}={value!r} is not read here: n={value!r} gives that many samples of each prompt")
         raise ValueError(
             f"{name}={value!r} would change the output and is not supported. Supported: {', '.join(SUPPORTED)}"
         )

@@ -35,10 +35,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return torch.broadcast_tensors(c0, c1, c2, c3)
 
 
-def row_seeds(seed: int, sample_ids: list[int], branches: list[int | None]) -> list[int]:
-    """One 64-bit seed per row: Philox with key = ``seed`` and counter = (sample id low, high, branch + 1, 0).
+def row_seeds(
+    seed: int, sample_ids: list[int], branches: list[int | None], samples: list[int] | None = None
+) -> list[int]:
+    """One 64-bit seed per row: Philox with key = ``seed`` and counter = (sample id low, high, branch + 1, sample).
 
-    A branch of None (common random numbers) leaves it out: 0 stands there. Words 0 and 1 are the row seed.
+    A branch of None (common random numbers) leaves it out: 0 stands there. ``samples`` numbers the samples of one
+    prompt; without it all are 0. Words 0 and 1 are the row seed.
 
     Raises:
         ValueError: a seed or sample id outside [0, 2⁶⁴).
@@ -51,7 +54,7 @@ def row_seeds(seed: int, sample_ids: list[int], branches: list[int | None]) -> l
             _words([i & _MASK for i in sample_ids]),
             _words([i >> 32 for i in sample_ids]),
             _words([0 if b is None else b + 1 for b in branches]),
-            _words([0]),
+            _words(samples if samples is not None else [0]),
         ),
         (_words([seed & _MASK]), _words([seed >> 32])),
     )
