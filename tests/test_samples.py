@@ -89,7 +89,10 @@ def test_samples_that_would_all_be_equal_are_refused(rt):
     for bad in (0, -1, 1.5, True, "2", None):
         with pytest.raises(ValueError, match="n, the samples of a prompt"):
             rt.generate(PROMPTS, n=bad, **SAMPLED)
-    for asked in ({"num_return_sequences": 4}, {"generation_config": GenerationConfig(num_return_sequences=4)}):
+    for asked in (
+        {"num_return_sequences": 4},
+        {"generation_config": GenerationConfig(do_sample=True, num_return_sequences=4)},
+    ):
         with pytest.raises(ValueError, match="n=4 gives that many samples"):
             rt.generate(PROMPTS, **SAMPLED, **asked)
     assert len(rt.generate(PROMPTS, n=1, do_sample=False, max_new_tokens=2)) == 3
