@@ -110,7 +110,7 @@ class PairStates:
         self._left = {n: states[at].clone() for n, at in place.items() if n not in paired}
         if not even:
             return None
-        index = torch.tensor([[place[n], place[n + 1]] for n in even]).to(states.device)
+        index = torch.tensor([[place[n], place[n + 1]] for n in even], device=states.device)
         return states[index[:, 0]], states[index[:, 1]]
 
 

@@ -35,6 +35,7 @@ from icon2_rt.engine import (
     Sampling,
     resolve_sampling,
 )
+from icon2_rt.engine.forward import computing
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
 from icon2_rt.engine.sampling import generable
 from icon2_rt.engine.turns import Stream
@@ -772,12 +773,12 @@ class Runtime:
         interleaved = [tokens for pair in zip(*sides, strict=True) for tokens in pair]
         statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size, self.device)
         states = PairStates(self.spec.n_layers)
-        with self._turns:
+        with self._turns, computing(self._engine.model):  # the statistics too are in dtypes of their own
             for _ in self._read("extract_direction", interleaved, states.keep, None, progress):
                 pairs = states.take()
                 if pairs is not None:
                     statistics.add(*pairs)
-        vectors, health = statistics.direction(method)
+            vectors, health = statistics.direction(method)
         return Direction(
             name,
             vectors,
