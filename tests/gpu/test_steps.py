@@ -117,6 +117,7 @@ def test_a_step_in_steady_state_never_waits(rt, d):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
+            assert torch.cuda.get_sync_debug_mode() == 2  # a wait raises
             for _ in range(3):
                 batch.launch()
         finally:
