@@ -21,7 +21,7 @@ from tests.models import random_prompts, random_vectors, tiny_llama, tiny_qwen3,
 PAGE = 8
 A, B = (Direction(f"d{seed}", random_vectors(4, 48, seed=seed), torch.ones(4)) for seed in range(2))
 BRANCHES: list[Steering | None] = [None, 3.0 * A[1:], (-2.0 * A + 1.0 * B[2:]).with_scope("generated"), B[2].ablated()]
-MANNERS = [Manner(fixed=True, behind=n) for n in (0, 1, 3)]
+MANNERS = [Manner(fixed=True, behind=n) for n in (0, 3)]
 PROMPTS = random_prompts([1, 2, PAGE, 3 * PAGE + 2, 40, 5, 17], seed=1)
 
 
