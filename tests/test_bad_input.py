@@ -247,11 +247,20 @@ def test_a_bad_steering_is_named(rt, steering, says):
 
 
 def test_as_many_terms_and_directions_as_were_asked_for_fit(rt):
-    steerings = [sum(0.1 * direction(i + j) for j in range(3)) for i in (0, 3)]
+    """The bank is reused: six directions at a time, more over a life, whatever the call."""
+    roomy = Runtime(tiny_llama(max_position_embeddings=64), page_size=8, max_directions=64, device="cpu")
+    options = {"do_sample": False, "max_new_tokens": 4}
+    steerings = [sum(4.0 * direction(i + j) for j in range(3)) for i in (0, 3)]
     for _ in range(3):
-        rt.generate(PROMPTS[:2], steerings, max_new_tokens=2)
-    for i in range(12):  # the bank is reused: six at a time, more over a life
-        rt.generate(PROMPTS[:1], 0.1 * direction(100 + i), max_new_tokens=2)
+        assert rt.generate(PROMPTS[:2], steerings, **options) == roomy.generate(PROMPTS[:2], steerings, **options)
+    for i in range(12):
+        steering = 4.0 * direction(100 + i)
+        assert rt.generate(PROMPTS[:1], steering, **options) == roomy.generate(PROMPTS[:1], steering, **options)
+    unsteered = rt.score(PROMPTS[:1], [[3, 4]])
+    for i in range(12):
+        steering = 4.0 * direction(200 + i)
+        scored = rt.score(PROMPTS[:1], [[3, 4]], steering)
+        assert scored == roomy.score(PROMPTS[:1], [[3, 4]], steering) != unsteered
 
 
 def test_branches_must_be_a_list_with_something_in_it(rt):
@@ -271,6 +280,19 @@ def test_a_direction_of_another_model_warns_once(rt):
         warnings.simplefilter("error")
         rt.generate(PROMPTS, 0.1 * foreign, max_new_tokens=2)
         rt.generate(PROMPTS, 0.1 * own, max_new_tokens=2)
+
+
+def test_each_direction_of_another_model_is_named_in_a_warning_of_its_own(rt):
+    foreign = [
+        Direction(name, random_vectors(4, 48, seed=n), torch.ones(4), model="2-" + "1" * 16, model_name="other/model")
+        for n, name in enumerate(("one", "two"))
+    ]
+    with pytest.warns(UserWarning, match="made on another model") as told:
+        rt.generate(PROMPTS[:1], 0.1 * foreign[0] + 0.1 * foreign[1], max_new_tokens=2)
+    assert [str(w.message).split()[1] for w in told] == ["'one'", "'two'"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rt.project(PROMPTS[:1], foreign)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -95,6 +95,21 @@ def test_sharing_saves_exactly_the_prompts_full_pages(oracle):
     assert small.free_kv_pages == need - 1
 
 
+def test_pages_of_a_prefix_are_counted_once(oracle):
+    """Three pages of the seven that two branches share are the prefix's: they are there already."""
+    prompt = random_prompts([60])[0]
+    need = pages_needed(60, 12, 2)
+    rt = runtime(need)
+    with rt.prefix(prompt[:24]) as prefix:
+        assert rt.free_kv_pages == need - 3
+        [output] = rt.generate_branches([prompt[24:]], [None, 4.0 * A], prefix=prefix, **GREEDY)
+    for branch, steering in zip(output.branches, (None, 4.0 * A), strict=True):
+        assert branch.token_ids == hooks.greedy(oracle, prompt, 12, steering, branch.token_ids).token_ids
+    small = runtime(need - 1)
+    with small.prefix(prompt[:24]) as prefix, pytest.raises(ValueError, match=rf"(?s)\b{need}\b.*\b{need - 1}\b"):
+        small.generate_branches([prompt[24:]], [None, 4.0 * A], prefix=prefix, **GREEDY)
+
+
 def test_scope_all_needs_a_version_of_the_later_blocks_for_each_steering(oracle):
     """Two different steerings of the prompt: its pages twice. Equal ones, or ones that part after the last: once."""
     prompt = random_prompts([60])[0]

@@ -230,6 +230,9 @@ def test_gguf_that_stops_early_needs_the_number_of_blocks(tmp_path: Path) -> Non
     assert loaded.layers == [2, 4]
     with pytest.raises(ValueError, match=r"direction\.4, for block 4; a model of 4 blocks"):
         formats.load(tmp_path / "d.gguf", n_layers=4)
+    foreign(tmp_path / "more.gguf", rows(2, 4), layer_count=9)  # the number of blocks, which is more than the file has
+    found = Direction.load(tmp_path / "more.gguf")
+    assert (found.n_layers, found.layers) == (9, [2, 4])
 
 
 @pytest.mark.parametrize("suffix", formats.SUFFIXES)

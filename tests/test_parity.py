@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from icon2_rt import Completion, Direction, Runtime, Steering
 from icon2_rt.engine import step
 from icon2_rt.engine.batch import Batch
+from icon2_rt.engine.kv import SCORED_ROWS
 from tests import hooks
 from tests.models import (
     FAMILIES,
@@ -124,6 +125,40 @@ def test_scores_of_given_completions(case, scope):
         assert scored.token_ids == completion
         assert_close(scored.logprobs, expected.logprobs)
         assert_close(scored.entropies, torch.special.entr(p).sum(dim=-1).tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_backend_by_itself(family):
+    """Where the native extension is built, "auto" takes it: the definition of all others is held to the oracle too."""
+    oracle = FAMILIES[family]()
+    rt = Runtime(FAMILIES[family](), backend="reference", page_size=PAGE, split_pages=2, prefill_chunk=32, device="cpu")
+    assert rt.backend == "reference"
+    prompts = random_prompts(LENGTHS)
+    given = [s.with_scope(SCOPES[n % 3]) for n, s in enumerate(Case(family, oracle, rt).steerings)]
+    outputs = rt.generate_branches(prompts, [None, given], do_sample=False, max_new_tokens=24)
+    changed = 0
+    for prompt, steering, output in zip(prompts, given, outputs, strict=True):
+        for branch, how in zip(output.branches, (None, steering), strict=True):
+            expected = hooks.greedy(oracle, prompt, 24, how, branch.token_ids)
+            assert branch.token_ids == expected.token_ids
+            assert_close(branch.logprobs, expected.logprobs)
+        changed += output.branches[0].token_ids != output.branches[1].token_ids
+    assert changed >= 5
+    completions = random_prompts([1, 5, 16, 17, 33, 2], seed=3)
+    for prompt, completion, steering, scored in zip(
+        prompts, completions, given, rt.score(prompts, completions, given), strict=True
+    ):
+        assert_close(scored.logprobs, hooks.teacher_forced(oracle, prompt, completion, steering).logprobs)
+
+
+def test_scores_of_a_completion_that_takes_several_turns():
+    """Logits are made for some rows at a time: a long completion's figures are put together from several turns."""
+    prompt, completion = random_prompts([5])[0], random_prompts([SCORED_ROWS + 44], seed=3)[0]
+    [scored] = Runtime(tiny_llama(), device="cpu").score([prompt], [completion])
+    expected = hooks.teacher_forced(tiny_llama(), prompt, completion)
+    assert_close(scored.logprobs, expected.logprobs)
+    p = expected.logits.double().softmax(dim=-1)
+    assert_close(scored.entropies, torch.special.entr(p).sum(dim=-1).tolist())
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from icon2_rt import Direction, DirectionSet, Runtime
 from tests import hooks
@@ -81,6 +82,15 @@ def test_project_is_the_dot_products_alone(rt):
         assert got.shape == (len(PROMPTS), 3, 4)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_blocks_without_a_vector_project_to_zero(rt):
+    whole, part = (Direction("d", random_vectors(4, 48, seed=1)), Direction("d", random_vectors(4, 48, seed=1))[1:3])
+    expected = rt.project(PROMPTS, [whole])
+    assert bool((expected != 0).all())
+    got = rt.project(PROMPTS, [part])
+    assert got[:, :, [0, 3]].count_nonzero() == 0
+    assert torch.equal(got[:, :, 1:3], expected[:, :, 1:3])
 
 
 def test_the_scale_of_a_direction_does_not_change_its_projection(rt):
@@ -194,12 +204,37 @@ def test_chats_are_rendered_with_the_template(chat):
     assert chat.encode(sides[0][0]) == ids[0][0]
 
 
-def test_encode_adds_no_second_bos(chat):
-    bos = chat.tokenizer.bos_token_id
-    assert chat.encode([{"role": "user", "content": "the"}]).count(bos) == 1
-    assert chat.encode([5, 6, 7]) == [5, 6, 7]
-    text = "<|bos|><|user|>the thing<|end|><|assistant|>"
-    assert chat.encode(text).count(bos) == 1
+def test_there_is_one_bos_where_the_tokenizer_adds_one_by_itself():
+    """As the tokenizers of Llama 3 and Gemma do, to every text that they are not told to leave alone."""
+    tokenizer = tiny_tokenizer()
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    assert tokenizer.encode("the")[0] == bos
+    rt = Runtime(tiny_llama(), tokenizer, page_size=PAGE, device="cpu")
+
+    def plain(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    system, user = {"role": "system", "content": "in"}, {"role": "user", "content": "the thing"}
+    chat = [bos, *plain("<|system|>in<|end|><|user|>the thing<|end|><|assistant|>")]
+    assert (
+        rt.encode([system, user])
+        == chat
+        == tokenizer.apply_chat_template([system, user], add_generation_prompt=True).input_ids
+    )
+    assert rt.encode("the thing") == [bos, *plain("the thing")]  # raw text is what the tokenizer makes of it
+    assert rt.encode([5, 6, 7]) == [5, 6, 7]
+    assert rt.encode_completion("the thing", chat) == plain("the thing")
+    text, ids = rt.score([[system, user]] * 2, ["the thing", plain("the thing")])
+    assert text == ids
+    with rt.prefix([system]) as prefix:
+        assert list(prefix.tokens) == [bos, *plain("<|system|>in<|end|>")]
+        assert prefix.join_all([[user]]) == [chat]
+    with rt.prefix("the ") as prefix:
+        assert list(prefix.tokens) == [bos, *plain("the ")]
+        assert prefix.join_all(["thing"]) == [[bos, *plain("the "), *plain("thing")]]
 
 
 def test_score_takes_text_ids_and_completions(chat):

@@ -464,6 +464,41 @@ def test_a_limit_in_a_config_replaces_the_models_of_either_kind():
     assert len(Runtime(model).generate(PROMPTS[:1], generation_config=config)[0].token_ids) == 9
 
 
+def test_a_least_length_counts_the_prompt(rt):
+    """Prompts of 6, 1, 19 and 8 tokens: they may end after 10, 15, no and 8 tokens of their own."""
+    ending = {"eos_token_id": list(range(0, VOCAB, 2)), "max_new_tokens": 24}
+    got = rt.generate(PROMPTS, do_sample=False, min_length=16, **ending)
+    for prompt, completion in zip(PROMPTS, got, strict=True):
+        right = by_transformers(tiny_llama(), prompt, GenerationConfig(min_length=16, **ending))
+        assert completion.token_ids == right
+    free = rt.generate(PROMPTS, do_sample=False, **ending)
+    assert [len(a.token_ids) > len(b.token_ids) for a, b in zip(got, free, strict=True)] == [True, True, False, True]
+
+
+def test_a_limit_in_the_call_replaces_the_configs_of_either_kind(rt):
+    n = len(PROMPTS[0])
+    right = by_transformers(tiny_llama(), PROMPTS[0], GenerationConfig(max_length=n + 9))
+    assert len(right) == 9
+    for config in (GenerationConfig(max_new_tokens=3), GenerationConfig(max_length=n + 20)):
+        assert rt.generate(PROMPTS[:1], generation_config=config, max_length=n + 9)[0].token_ids == right
+        assert rt.generate(PROMPTS[:1], generation_config=config, max_new_tokens=9)[0].token_ids == right
+
+
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 1000}, {"max_length": 1000}], ids=str)
+def test_a_limit_in_a_config_is_cut_to_the_room_left(limit):
+    """A config is written for many prompts, and for other models: the call's own number is refused instead."""
+    rt = Runtime(tiny_llama(max_position_embeddings=32), page_size=8, device="cpu")
+    oracle = tiny_llama(max_position_embeddings=32)
+    got = rt.generate(PROMPTS, do_sample=False, generation_config=GenerationConfig(**limit))
+    for prompt, completion in zip(PROMPTS, got, strict=True):
+        right = by_transformers(oracle, prompt, GenerationConfig(max_length=32))
+        assert len(prompt) + len(completion.token_ids) == 32
+        assert completion.token_ids == right
+    if "max_new_tokens" in limit:
+        with pytest.raises(ValueError, match="can be at most 26"):
+            rt.generate(PROMPTS[:1], do_sample=False, **limit)
+
+
 def test_the_pipelines_settings_owe_nothing_to_the_models():
     from icon2_rt.pipeline.sampling import neutral
 

@@ -305,6 +305,22 @@ def test_a_prefix_is_pinned_until_it_is_left(rt):
         rt.generate(PROMPTS, prefix=outer, seed=0, **SAMPLED)
 
 
+def test_a_stream_may_outlive_its_prefix_only_if_it_has_begun(rt):
+    options = {"do_sample": False, "max_new_tokens": 8}
+    free = rt.free_kv_pages
+    expected = rt.generate([[*HEADS[5], *p] for p in PROMPTS], **options)
+    with rt.prefix(HEADS[5]) as prefix:
+        late, begun = (rt.stream_branches(PROMPTS, [None], prefix=prefix, **options) for _ in range(2))
+        got = [next(begun)]
+    with pytest.raises(RuntimeError, match="prefix was let go before this stream began"):
+        next(late)
+    got += begun
+    for output in got:
+        assert_same(output.branches[0], expected[output.index])
+    assert sorted(output.index for output in got) == list(range(len(PROMPTS)))
+    assert rt.free_kv_pages == free
+
+
 def test_a_prefix_of_another_runtime_is_refused(rt):
     other = Runtime(tiny_llama(seed=1), page_size=PAGE, device="cpu")
     with other.prefix(HEADS[2]) as prefix, pytest.raises(ValueError, match="prefix"):

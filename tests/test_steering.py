@@ -286,6 +286,9 @@ def test_scope_and_keep_norm_belong_to_the_whole(a, b):
         whole + (0.1 * b).with_scope("all")
     with pytest.raises(ValueError, match="response"):
         whole.with_scope("prompt")
+    for sum_ in (Steering() + whole, whole + Steering(), sum([whole])):  # nothing has no scope that could disagree
+        assert (sum_.scope, sum_.keep_norm) == ("all", True)
+        assert torch.equal(coefficients(sum_), coefficients(whole))
     assert (0.1 * a).scope == "response"
     assert not (0.1 * a).keep_norm
 
@@ -380,6 +383,8 @@ def test_the_order_of_pinned_terms_does_not_matter(a, b, h):
 def test_contradicting_clamps_raise_and_agreeing_ones_do_not(a):
     with pytest.raises(ValueError, match="d0"):
         compile_steering(a.clamped(1.0) + a.clamped(2.0), N_LAYERS, HIDDEN)
+    with pytest.raises(ValueError, match=r"clamped to 2\.05, but .* fix its projection at 2"):
+        compile_steering(a.clamped(2.0) + a.clamped(2.05), N_LAYERS, HIDDEN)
     with pytest.raises(ValueError, match="clamped"):
         compile_steering(a.clamped(1.0) + Direction("same", -a.vectors).clamped(1.0), N_LAYERS, HIDDEN)
     compile_steering(a.clamped(1.0) + Direction("same", -a.vectors).clamped(-1.0), N_LAYERS, HIDDEN)

@@ -209,6 +209,32 @@ def test_sample(dtype, vocab, kind):
     assert ours.logprobs[4] == kept.logprobs[4]
 
 
+def test_top_p_is_a_share_of_what_top_k_left():
+    """Of 40 nearly equal tokens about 20; of the whole row's mass they have less than half. One draw a row could hide
+    it: a row's only difference from the others is its seed."""
+    rows, vocab = 24, 4000
+    logits = (0.3 * Draw(torch.float32)(1, vocab)).repeat(rows, 1)
+    how = RowSampling(
+        sampled=torch.ones(rows, dtype=torch.bool, device=DEVICE),
+        seeds=torch.arange(2 * rows, device=DEVICE).view(rows, 2) * 1_000_003,
+        temperature=None,
+        top_k=torch.full((rows,), 40, dtype=torch.int32, device=DEVICE),
+        top_p=torch.full((rows,), 0.5, device=DEVICE),
+        min_p=None,
+        repetition_penalty=None,
+        seen=None,
+        min_tokens=None,
+        eos=torch.full((rows, 1), -1, dtype=torch.int32, device=DEVICE),
+        budget=torch.full((rows,), 1 << 30, dtype=torch.int32, device=DEVICE),
+    )
+    ours, theirs = state(rows), state(rows)
+    ops().sample(logits, how, ours)
+    REFERENCE.sample(logits, how, theirs)
+    assert torch.equal(ours.tokens, theirs.tokens)
+    order = logits[0].argsort(descending=True)[:40].tolist()
+    assert {order.index(token) for token in ours.tokens.tolist()} <= set(range(20))
+
+
 @every_dtype
 @every_spec
 def test_begin_step(spec, dtype):

@@ -215,3 +215,14 @@ def test_a_row_that_is_not_finite_spoils_no_other(filters: dict[str, Any]) -> No
     assert ((after.tokens >= 0) & (after.tokens < VOCAB)).all()
     assert after.tokens[4] == expected.tokens[4]
     assert torch.equal(after.positions, state(5).positions + 1)
+
+
+def test_top_p_is_a_share_of_what_top_k_left() -> None:
+    """Of 40 nearly equal tokens about 20; of the whole row's mass they have less than half. One draw a row could hide
+    it: a row's only difference from the others is its seed."""
+    rows = 24
+    scores = logits(1, scale=0.3).repeat(rows, 1)
+    seeds = torch.randint(2**32, (rows, 2), generator=torch.Generator().manual_seed(3))
+    how = settings(rows, seeds=seeds, top_k=i32(*[40] * rows), top_p=f32(*[0.5] * rows))
+    order = scores[0].argsort(descending=True)[:40].tolist()
+    assert {order.index(token) for token in check(scores, how).tokens.tolist()} <= set(range(20))
