@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from statistics import fmean
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from icon2_rt import Runtime
 from icon2_rt.pipeline import baselines, dataset
@@ -20,8 +21,10 @@ from icon2_rt.pipeline.judges import RewardModel, load_judge, verdicts
 from icon2_rt.pipeline.loading import end_tokens
 from icon2_rt.pipeline.pairs import response_sampling
 from icon2_rt.pipeline.runner import run
+from icon2_rt.pipeline.sampling import stage_seed
 from icon2_rt.pipeline.templates import chat_frame
 from icon2_rt.tiny import CRITERIA, oracle, path
+from tests import noise
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.test_cli import Icon2, icon2  # noqa: F401  # the fixture
 
@@ -51,10 +54,12 @@ def rt() -> Runtime:
     return _runtime()
 
 
-def _make(rt: Runtime, recipe: str, judge: Any = None, given: Any = (None,) * 3, **options: Any) -> Any:
+def _make(
+    rt: Runtime, recipe: str, judge: Any = None, given: Any = (None,) * 3, pairs: PairsConfig = PAIRS, **options: Any
+) -> Any:
     config = BaselineConfig(recipe, **options)  # type: ignore[arg-type]
     frame = chat_frame(rt.tokenizer, EOS)
-    return baselines.make(rt, frame, ITEMS, given, config, PAIRS, TWO, EOS, 3, judge)
+    return baselines.make(rt, frame, ITEMS, given, config, pairs, TWO, EOS, 3, judge)
 
 
 def _again(rt: Runtime, prompt: Any, seed: int) -> str:
@@ -176,8 +181,15 @@ def test_a_refinement_has_the_drafts_before_it(rt: Runtime) -> None:
         assert record["chosen"][0]["content"] == _again(rt, [{"role": "user", "content": asked}], record["chosen_seed"])
 
 
-def test_opposing_prompts(rt: Runtime) -> None:
-    records, _ = _make(rt, "opposing_prompts", given=(None, "kind", "brief"))
+@pytest.mark.parametrize("common", [False, True])
+def test_opposing_prompts(rt: Runtime, common: bool) -> None:
+    """Each side with random numbers of its own, or both with the same, by the instruction's id."""
+    config = dataclasses.replace(PAIRS, noise="common" if common else "independent")
+    records, _ = _make(rt, "opposing_prompts", given=(None, "kind", "brief"), pairs=config)
+    for side, stage in (("chosen", "pairs/positive"), ("rejected", "pairs/negative")):
+        base = stage_seed(3, "pairs" if common else stage)
+        assert [r[f"{side}_seed"] for r in records] == [noise.row_seed(base, item.id, 0) for item in ITEMS]
+    assert all((r["chosen_seed"] == r["rejected_seed"]) == common for r in records)
     assert [r["criterion"] for r in records] == ["kind", "kind", "brief"]  # 4 is even: the first of two by turns
     for record in records:
         criterion = TWO[record["criterion"]]
@@ -200,6 +212,10 @@ def _save_classifier(folder: Path, labels: int, **options: Any) -> None:
         num_key_value_heads=2, num_labels=labels, pad_token_id=5, initializer_range=0.5, **options,
     )  # fmt: skip
     LlamaForSequenceClassification(config).save_pretrained(folder)
+    _save_padding_tokenizer(folder)
+
+
+def _save_padding_tokenizer(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(5)
     tokenizer.save_pretrained(folder)
@@ -219,6 +235,27 @@ def test_a_reward_model_reads_each_chat_as_if_alone(reward_model: Path) -> None:
         assert verdict == pytest.approx(model(torch.tensor([ids])).logits[0, 0].item(), abs=1e-4)
     assert judge.tokens == total
     assert judge.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_padding_tells_a_reward_model_nothing(tmp_path: Path) -> None:
+    """One whose attention looks both ways would read it, if it were not masked."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1,
+        pad_token_id=5, initializer_range=0.5,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    _save_padding_tokenizer(tmp_path)
+    judge = RewardModel.load(str(tmp_path))
+    responses = ["a" * n for n in range(1, 30, 3)]
+    together = verdicts(judge, ["Why?"] * 10, responses)
+    alone = [judge(["Why?"], [response])[0] for response in responses]
+    assert together == pytest.approx(alone, abs=1e-5)
+    text = f"<|bos|><|user|>Why?<|end|><|assistant|>{responses[0]}<|end|>"
+    ids = torch.tensor([judge.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    assert alone[0] == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
+    assert max(alone) - min(alone) > 1e-3
 
 
 def test_wrong_reward_models(reward_model: Path, tmp_path: Path) -> None:
@@ -268,6 +305,10 @@ def test_a_baseline_is_a_run_like_any_other(tmp_path: Path, baseline: dict[str, 
     (tmp_path / "run/report.json").unlink()
     run(config, tmp_path / "run")
     assert {p: p.read_bytes() for p in before} == before
+    if "judge" in baseline:  # what is in the judge's file is a part of what the run is
+        (tmp_path / "judge.py").write_text(JUDGE.replace("0.01", "0.02"))
+        with pytest.raises(ValueError, match=r"files\.baseline\.judge"):
+            run(config, tmp_path / "run")
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(tmp_path / "run"), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == records

@@ -115,6 +115,21 @@ def test_running_into_the_token_limit_is_not_fluent() -> None:
     assert choice.fluent[-1] is False
 
 
+def test_fluency_is_relative_to_the_unsteered_rung() -> None:
+    """A model that often runs into the limit, and writes unlikely text, is not blamed on the steering."""
+    base = _rung(0.0, [0.0] * 20, logprob=-3.0, cut_off=0.2)
+    ladder = _ladder(
+        base,
+        _rung(0.1, [0.1] * 20, logprob=-3.0 - FLUENCY_LOSS / 2, cut_off=0.22),
+        _rung(0.2, [0.9] * 20, logprob=-3.0, cut_off=0.3),
+        _rung(0.3, [0.9] * 20, logprob=-3.0 - 2 * FLUENCY_LOSS, cut_off=0.2),
+        _rung(-0.1, [-0.1] * 20, logprob=-3.0, cut_off=0.2),
+    )
+    choice = choose(ladder, RULE)
+    assert choice.fluent == (True, True, True, False, False)
+    assert choice.positive.dose == 0.1
+
+
 def test_a_bound_on_the_divergence_stops_the_ladder() -> None:
     ladder = _ladder(BASE, _rung(0.1, [0.1] * 20, kl=0.1), _rung(0.2, [0.9] * 20, kl=0.4), _rung(-0.1, [-0.1] * 20))
     assert choose(ladder, RULE).positive.dose == 0.2
@@ -174,6 +189,19 @@ def test_held_out_is_less_flattering_than_the_choice_itself() -> None:
         outside.append(choice.better_held_out)
     assert fmean(inside) > 0.55
     assert fmean(outside) == pytest.approx(0.5, abs=0.04)
+
+
+def test_each_half_is_judged_with_what_the_other_half_chose() -> None:
+    """Even rows choose the small dose, which wins in 4 of the 10 odd ones; odd rows the large one, which wins in 1."""
+    small = [[1.0, 1.0 if row < 8 else 0.0][row % 2] for row in range(20)]
+    large = [[1.0 if row < 2 else 0.0, 1.0][row % 2] for row in range(20)]
+    ladder = _ladder(BASE, _rung(0.1, small), _rung(0.2, large), _rung(-0.1, [0.5] * 20))
+    choice = choose(ladder, RULE)
+    assert choice.positive.dose == 0.1
+    assert choice.better == pytest.approx(14 / 20)
+    assert choice.better_held_out == pytest.approx(5 / 20)
+    first = choose(ladder, RULE, rows=range(10))  # of some rows alone, the halves are of those
+    assert first.better_held_out == pytest.approx((4 + 1) / 10)
 
 
 def test_the_band_that_reaches_the_rule_with_the_best_positive() -> None:

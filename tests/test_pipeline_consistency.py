@@ -198,6 +198,14 @@ def test_margin_and_ties() -> None:
     assert consistency.select(equal, FilterConfig(keep=0.3)) == [0, 1, 2]
 
 
+def test_keep_is_a_share_of_all_and_a_margin_may_be_met_exactly() -> None:
+    score, margin = torch.tensor([5.0, 1, 8, 2, 7, 3, 6, 4]), torch.tensor([1.0, 1, 0.5, 2, 1, 0, 0.99, 3])
+    verdict = consistency.Consistency(["a", "b"], torch.zeros(8, 2), torch.zeros(8).long(), score, margin)
+    assert consistency.select(verdict, FilterConfig(keep=1.0, margin=1.0)) == [0, 1, 3, 4, 7]
+    assert consistency.select(verdict, FilterConfig(keep=0.5, margin=1.0)) == [0, 3, 4, 7]  # half of 8, not of 5
+    assert consistency.select(verdict, FilterConfig(keep=0.25, margin=1.0)) == [0, 4]
+
+
 def test_one_criterion_has_no_margin() -> None:
     verdict = consistency.judge(_projections()[:, :1], ["a"])
     assert verdict.histogram == {"a": 40}

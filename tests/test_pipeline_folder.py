@@ -83,6 +83,18 @@ def test_partial_files_are_swept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "data") == ["shard"]
 
 
+def test_a_run_begins_by_sweeping_what_a_killed_one_left_half_written(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write("one", {"data/1": b"abc"})
+        folder.write_manifest({"identity": {}})
+    left = [tmp_path / "run" / name for name in (f"data/.2{PARTIAL}", f"steps/.two{PARTIAL}", f".report{PARTIAL}")]
+    for path in left:
+        path.write_bytes(b"half")
+    with RunFolder(tmp_path / "run") as folder:
+        assert not any(path.exists() for path in left)
+        assert folder.finished("one") is not None
+
+
 def test_json_lines() -> None:
     records = [{"a": "ü\u2028\n", "b": 1}, {"a": None}]
     assert list(from_jsonl(to_jsonl(records), "x")) == records

@@ -53,6 +53,8 @@ def test_pair_health() -> None:
     assert figures["chosen_longer"] == pytest.approx(2.5 / 3)
     assert figures["median_first_difference"] == 2
     assert figures["chosen"]["logprob_per_token"] == -2.0
+    assert figures["chosen"]["mean_tokens"] == pytest.approx(10 / 3)
+    assert figures["rejected"]["mean_tokens"] == pytest.approx(5 / 3)
     assert figures["rejected"]["cut_off"] == figures["rejected"]["empty"] == pytest.approx(1 / 3)
     assert Counter(figures["per_criterion"]) == {"a": 3}
     for spread in ("tokens", "logprob_per_token"):
@@ -318,6 +320,18 @@ def test_a_steps_own_words_make_a_green_check_yellow() -> None:
     [noted] = [check for check in found if check.status != "green"]
     assert (noted.key, noted.status) == ("criteria", "yellow")
     assert checks.warnings(found) == ["no instruction gets 'c'"]
+
+
+def test_a_steps_own_words_make_no_red_check_milder() -> None:
+    degenerate = {"histogram": {"a": 95, "b": 5}, "warnings": ["c* is degenerate: 95 of 100"]}
+    unclear = {"positive_beats_negative": 0.5, "notes": ["no fluent negative dose lets the positive response win"]}
+    for place, value, key in (
+        ("consistency", degenerate, "criteria"),
+        ("strengths.calibration", unclear, "calibrated"),
+    ):
+        [check] = [check for check in checks.examine(_with(place, value)) if check.status != "green"]
+        assert (check.key, check.status) == (key, "red")
+        assert checks.warnings([check]) == list(check.notes) == [*value.values()][1]
 
 
 def test_without_steering_no_advice_speaks_of_strengths() -> None:

@@ -19,7 +19,7 @@ import torch
 from icon2_rt import Direction, DirectionSet, Runtime
 from icon2_rt.engine.batch import Batch
 from icon2_rt.outputs import Fired, Paths
-from icon2_rt.pipeline import dataset
+from icon2_rt.pipeline import dataset, manifest
 from icon2_rt.pipeline.config import RunConfig
 from icon2_rt.pipeline.folder import Artifact
 from icon2_rt.pipeline.loading import load_runtime
@@ -405,6 +405,18 @@ def test_a_function_of_the_user_s_and_strengths_for_each_criterion(model: Path, 
         run(config, tmp_path / "run", rt=rt)
 
 
+def test_a_calibration_judge_s_own_file_is_part_of_the_run(model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def judge(instructions, responses):\n    return [len(r) for r in responses]\n")
+    calibration = {"doses": [0.1], "judge": f"{mine}:judge"}
+    config = _config(model, pairs={"positive": None, "negative": None}, calibration=calibration)
+    before = manifest.asked_for(config)
+    manifest.refuse_another({"identity": before}, manifest.asked_for(config), tmp_path)
+    mine.write_text("def judge(instructions, responses):\n    return [-len(r) for r in responses]\n")
+    with pytest.raises(ValueError, match=r"files\.calibration\.judge"):
+        manifest.refuse_another({"identity": before}, manifest.asked_for(config), tmp_path)
+
+
 def test_prompts_beside_ready_directions(finished: RunResult, model: Path, rt: Runtime, tmp_path: Path) -> None:
     """Ready directions with the prompts that they were made from give the same scores by contrast."""
     changes = {
@@ -467,7 +479,7 @@ def test_given_instructions_that_do_not_fit_are_dropped_and_counted(
     assert (counts["drawn"], counts["too long"], counts["clean"]) == (3, 2, 1)
 
 
-@pytest.mark.parametrize("writes", [0, 3, 8, 15])
+@pytest.mark.parametrize("writes", [3, 15])
 def test_a_disk_that_fills_up_costs_nothing_but_the_rest(
     finished: RunResult, config: RunConfig, rt: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:

@@ -17,7 +17,7 @@ from icon2_rt.pipeline.instructions import Instruction
 from icon2_rt.pipeline.pairs import Kept, Strengths
 from icon2_rt.pipeline.sampling import stage_seed
 from icon2_rt.pipeline.templates import ChatFrame, chat_frame
-from tests.models import random_vectors, tiny_llama, tiny_tokenizer
+from tests.models import VOCAB, random_vectors, tiny_llama, tiny_tokenizer
 
 EOS = (1,)
 STRENGTHS = Strengths(dict.fromkeys(("kind", "brief"), 2.0), dict.fromkeys(("kind", "brief"), -1.0), (1, 2), (1.0, 1.0))
@@ -55,10 +55,12 @@ def _decode(rt: Runtime, frame: ChatFrame, bank: DirectionSet, **options: Any) -
     return pairs.decode(rt, frame, KEPT, bank, STRENGTHS, config, EOS, seed=3)
 
 
-def _again(rt: Runtime, record: dict[str, Any], steering: Any, seed: int, start: list[int] | None = None) -> str:
+def _again(
+    rt: Runtime, record: dict[str, Any], steering: Any, seed: int, start: list[int] | None = None, eos: Any = EOS
+) -> str:
     """One response alone, from what its record says."""
     prompt = [*rt.encode(record["prompt"]), *(start or [])]
-    sampling = pairs.response_sampling(PairsConfig(max_new_tokens=20 - 6 * bool(start is not None)), EOS)
+    sampling = pairs.response_sampling(PairsConfig(max_new_tokens=20 - 6 * bool(start is not None)), eos)
     [completion] = rt.generate([prompt], steering, seed=[seed], generation_config=sampling)
     return rt.tokenizer.decode([*(start or []), *completion.token_ids], skip_special_tokens=True)  # type: ignore
 
@@ -70,24 +72,27 @@ def test_log_probabilities_are_the_unsteered_model_s(rt: Runtime, frame: ChatFra
     model = tiny_llama(eos_token_id=1, bos_token_id=0, pad_token_id=0)
     with torch.no_grad():
         model.lm_head.weight[[0, 2, 3, 4]] = 0
+    sampling = pairs.response_sampling(PairsConfig(max_new_tokens=20), EOS)
     for record in _decode(rt, frame, bank, per_token=True):
         prompt = rt.encode(record["prompt"])
-        for side in ("chosen", "rejected"):
-            n = record[f"{side}_tokens"]
-            text = rt.tokenizer.encode(record[side][0]["content"], add_special_tokens=False)  # type: ignore[union-attr]
-            ids = [*text, 1] if record[f"{side}_finish"] == "eos" else text
-            if len(ids) != n:
-                continue  # the text of these random weights does not always give its tokens back
+        for side, strength in (("chosen", 2.0), ("rejected", -1.0)):
+            steering = strength * bank[record["criterion"]][1:3]
+            seed = [record[f"{side}_seed"]]
+            [completion] = rt.generate([record["prompt"]], steering, seed=seed, generation_config=sampling)
+            assert completion.text == record[side][0]["content"]
+            ids = completion.token_ids
+            assert record[f"{side}_tokens"] == len(ids)
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
             expected = log_softmax(logits, dim=-1)
-            chosen = expected[range(n), ids]
+            chosen = expected[range(len(ids)), ids]
             entropy = -(expected.exp() * expected).sum(dim=-1)
             assert record[f"{side}_token_logprobs"] == pytest.approx(chosen.tolist(), abs=1e-3)
             assert record[f"{side}_token_entropies"] == pytest.approx(entropy.tolist(), abs=1e-3)
             assert record[f"{side}_logprob_unsteered"] == pytest.approx(float(chosen.sum()), abs=1e-3)
             assert record[f"{side}_logprob_unsteered_mean"] == pytest.approx(float(chosen.mean()), abs=1e-3)
             assert record[f"{side}_entropy"] == pytest.approx(float(entropy.mean()), abs=1e-3)
-            assert len(record[f"{side}_token_logprobs"]) == n
+            assert record[f"{side}_logprob"] == pytest.approx(sum(completion.logprobs), abs=1e-3)
+            assert record[f"{side}_logprob"] != pytest.approx(float(chosen.sum()), abs=0.1)  # that one is steered
 
 
 def test_a_pair_is_what_the_runtime_s_pairs_are(rt: Runtime, frame: ChatFrame, bank: DirectionSet) -> None:
@@ -149,20 +154,32 @@ def test_several_directions_in_one_steering(
 
 
 def test_branches_part_after_a_shared_unsteered_beginning(rt: Runtime, frame: ChatFrame, bank: DirectionSet) -> None:
-    for record in _decode(rt, frame, bank, shared_tokens=6, noise="common", shape="ternary"):
+    """A draft that ends early gives the first half of what stands before its ending token. Here a token in six ends a
+    response, so that drafts have every length."""
+    ending = tuple(range(10, 10 + VOCAB // 6))
+    items = [dataclasses.replace(KEPT[n % 3], instruction=Instruction(n, f"Why {n}?")) for n in range(16)]
+    options = {"shared_tokens": 6, "noise": "common", "shape": "ternary", "max_new_tokens": 20}
+    halves = set()
+    for record in pairs.decode(rt, frame, items, bank, STRENGTHS, PairsConfig(**options), ending, seed=3):
         n = record["shared_tokens"]
-        assert 0 <= n <= 6
         assert record["first_difference"] is None or record["first_difference"] >= n
-        sampling = pairs.response_sampling(PairsConfig(max_new_tokens=6), EOS)
+        sampling = pairs.response_sampling(PairsConfig(max_new_tokens=6), ending)
         [start] = rt.generate([record["prompt"]], seed=[record["shared_seed"]], generation_config=sampling)
         start_ids = start.token_ids[:n]
-        assert n == (6 if start.finish_reason == "length" else (len(start.token_ids) - 1) // 2)
+        if start.finish_reason == "length":
+            assert n == 6
+        else:
+            *said, last = start.token_ids
+            assert last in ending
+            assert n in (len(said) / 2, (len(said) - 1) / 2)
+            halves.add((n, len(said)))
         for side, strength in (("chosen", 2.0), ("rejected", -1.0)):
             steering = strength * bank[record["criterion"]][1:3]
-            assert record[side][0]["content"] == _again(rt, record, steering, record[f"{side}_seed"], start_ids)
+            assert record[side][0]["content"] == _again(rt, record, steering, record[f"{side}_seed"], start_ids, ending)
             assert record[f"{side}_tokens"] <= 20
         # The beginning counts like the rest: it is part of the response that the unsteered model is asked about.
         assert record["neutral_logprob"] == pytest.approx(record["neutral_logprob_unsteered"], abs=1e-3)
+    assert {len_ % 2 for n, len_ in halves if n} == {0, 1}  # odd lengths and even ones, of which something was left
 
 
 def test_common_noise_makes_pairs_part_later(rt: Runtime, frame: ChatFrame, bank: DirectionSet) -> None:
