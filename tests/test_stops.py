@@ -106,3 +106,14 @@ def test_special_tokens_behind_the_window_do_not_hide_the_text():
     ids = [*first, *[0] * 200, *last]
     reached = [n for n in range(1, len(ids) + 1) if stops.reached(ids[:n])]
     assert reached[0] == len(first) + 200 + 2
+
+
+def test_a_place_from_which_the_text_is_another_is_not_taken():
+    """A decoder that marks a text that begins inside a word, as WordPiece's does."""
+
+    def decode(before: list[int], ids: list[int]) -> str:
+        inside = bool(before) and ids[0] % 2 == 1
+        return ("##" if inside else "") + "".join(chr(97 + i) for i in ids)
+
+    stops = StopText(["##", "never"], [], decode)
+    assert not any(stops.reached([1] * n) for n in range(1, 100))

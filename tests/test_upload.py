@@ -176,10 +176,10 @@ def test_what_is_under_way_when_a_call_ends_gives_its_memory_back(monkeypatch):
     asked: list[int] = []
     monkeypatch.setattr(upload, "pinned", lambda n, device: asked.append(n) or torch.empty(n, dtype=torch.uint8))
     for _ in range(3):
-        stream = rt.stream_pairs(
-            random_prompts([5, 6]), positive=1.0 * A, negative=None, do_sample=False, max_new_tokens=9
-        )
-        next(stream)
+        # The second pair ends first; steps of the other are under way then.
+        options = {"do_sample": False, "max_length": 60}
+        stream = rt.stream_pairs(random_prompts([5, 50]), positive=1.0 * A, negative=None, **options)
+        assert next(stream).index == 1
         stream.close()
     assert asked == []
 
