@@ -78,28 +78,41 @@ def _signed(u: Tensor, mean: Tensor) -> Tensor:
     return torch.where(((u * mean).sum(dim=-1) < 0)[:, None], -u, u)
 
 
-class PairStates:
-    """The states of prompts as they come, a block of some prompts at a time, until both of a pair are whole. Prompts 2i
-    and 2i + 1 are a pair. They stay on the device that they come from."""
+class PromptStates:
+    """The states of prompts as they come, a block of some prompts at a time. They stay on the device that they come
+    from."""
 
     def __init__(self, n_layers: int):
         self._n_layers = n_layers
         self._seen: dict[tuple[int, ...], dict[int, Tensor]] = {}  # prompts of one pass → block → [prompts, hidden]
-        self._left: dict[int, Tensor] = {}  # a prompt whose other one is not there yet → [n_layers, hidden]
 
     def keep(self, prompts: list[int], layer: int, h: Tensor) -> None:
         """``h [prompts, hidden]`` after block ``layer``. What is shown again replaces what was shown before."""
         self._seen.setdefault(tuple(prompts), {})[layer] = h.to(torch.float32, copy=True)
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        """The states of all pairs that are whole, by number: twice ``[pairs, n_layers, hidden]`` fp32; None where there
-        is none. Call it between passes: one that broke off is forgotten."""
+    def take_whole(self) -> dict[tuple[int, ...], Tensor]:
+        """The states of the prompts of each pass, ``[prompts, n_layers, hidden]`` fp32. Call it between passes: one
+        that broke off is forgotten."""
         whole = {
             prompts: torch.stack([blocks[layer] for layer in range(self._n_layers)], dim=1)
             for prompts, blocks in self._seen.items()
             if len(blocks) == self._n_layers
         }
         self._seen.clear()
+        return whole
+
+
+class PairStates(PromptStates):
+    """The states of prompts until both of a pair are whole. Prompts 2i and 2i + 1 are a pair."""
+
+    def __init__(self, n_layers: int):
+        super().__init__(n_layers)
+        self._left: dict[int, Tensor] = {}  # a prompt whose other one is not there yet → [n_layers, hidden]
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """The states of all pairs that are whole, by number: twice ``[pairs, n_layers, hidden]`` fp32; None where there
+        is none. Call it between passes."""
+        whole = self.take_whole()
         if not whole:
             return None
         names = [*self._left, *(n for prompts in whole for n in prompts)]
@@ -145,11 +158,7 @@ class ContrastStatistics:
             raise ValueError(f"a direction needs at least 2 pairs of prompts, not {self.n}")
         mean = (self._sum / self.n).float()
         length = mean.norm(dim=-1)
-        if bool((length == 0).any()):
-            blocks = (length == 0).nonzero().flatten().tolist()
-            raise ValueError(
-                f"the positive and negative prompts have the same states after block(s) {blocks}: are they equal?"
-            )
+        _check_difference(length)
         a, b = self._halves
         first = _signed(_first_component(torch.cat([a.weighted, b.weighted], dim=1)), mean)
         unit_mean = mean / length[:, None]
@@ -164,3 +173,46 @@ class ContrastStatistics:
         host = torch.cat([u, torch.stack([*health.values()], dim=1)], dim=1).cpu()  # one copy
         figures = host[:, u.shape[1] :].T.tolist()
         return host[:, : u.shape[1]].clone(), dict(zip(health, figures, strict=True))
+
+
+class SideStatistics:
+    """Accumulates the states of positive and of negative prompts that are no pairs, and yields their mean difference
+    with the one health figure that needs no pairs."""
+
+    # What ContrastStatistics tells of pairs, and cannot be told here.
+    NEED_PAIRS = ("cos_mean_difference", "sign_agreement", "split_half_cosine")
+
+    def __init__(self, n_layers: int, hidden: int, device: torch.device):
+        self._sum = torch.zeros(2, n_layers, hidden, dtype=torch.float64, device=device)  # of the states of each side
+        self._norms = torch.zeros(2, n_layers, dtype=torch.float64, device=device)  # of ‖h‖
+        self.n = [0, 0]
+
+    def add(self, side: int, states: Tensor) -> None:
+        """``[b, n_layers, hidden]`` fp32 states of b prompts; ``side`` 0 is positive, 1 negative."""
+        self._sum[side] += states.double().sum(dim=0)
+        self._norms[side] += states.double().norm(dim=-1).sum(dim=0)
+        self.n[side] += len(states)
+
+    def direction(self) -> tuple[Tensor, dict[str, list[float]]]:
+        """Unit vectors ``[n_layers, hidden]`` on the CPU, and ``contrast`` per block: the length of the mean difference
+        beside the mean of the two sides' ‖h‖.
+
+        Raises:
+            ValueError: the two means are equal at some block.
+        """
+        count = torch.tensor(self.n, dtype=torch.float64, device=self._sum.device)
+        positive, negative = self._sum / count[:, None, None]
+        mean = positive - negative
+        length = mean.norm(dim=-1)
+        _check_difference(length)
+        contrast = length / (self._norms / count[:, None]).mean(dim=0)
+        return (mean / length[:, None]).float().cpu(), {"contrast": contrast.cpu().tolist()}
+
+
+def _check_difference(length: Tensor) -> None:
+    """Refuse a mean difference of length 0 at some block; ``length [n_layers]``."""
+    if bool((length == 0).any()):
+        blocks = (length == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the positive and negative prompts have the same states after block(s) {blocks}: are they equal?"
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from icon2_rt.notebook import short, table
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -35,6 +37,11 @@ class Completion:
     seed: int | None
     message: str | None = None
 
+    def __repr__(self) -> str:
+        """Short: the text's beginning, how many tokens there are, and why it ended. ``asdict`` gives everything."""
+        text = short(self.text) if self.text is not None else short_ids(self.token_ids)
+        return f"Completion({text}, {_many(len(self.token_ids), 'token')}, {self.finish_reason})"
+
 
 @dataclass(frozen=True)
 class BranchedOutput:
@@ -45,6 +52,9 @@ class BranchedOutput:
     prompt: Prompt
     branches: list[Completion]
     sample: int = 0
+
+    def __repr__(self) -> str:
+        return f"BranchedOutput({_head(self)}, branches={self.branches})"
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class PairedOutput:
     negative: Completion
     chat_template_kwargs: Mapping[str, Any] | None = None
     sample: int = 0
+
+    def __repr__(self) -> str:
+        return f"PairedOutput({_head(self)}, positive={self.positive}, negative={self.negative})"
 
     def to_preference(self) -> dict[str, Any]:
         """TRL's preference record ``{prompt, chosen, rejected}``: messages if the prompt was a chat, else strings.
@@ -90,6 +103,63 @@ class PairedOutput:
         # TRL's trainers read the variables from each record.
         variables = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
         return {"prompt": messages, "chosen": answer(self.positive), "rejected": answer(self.negative), **variables}
+
+
+Output = TypeVar("Output", Completion, BranchedOutput, PairedOutput)
+
+
+class OutputList(list[Output]):
+    """What a call that waits for all of its outputs gives: a list, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        columns: dict[str, None] = {}  # in order, each once
+        rows = []
+        for place, output in enumerate(self):
+            row = _cells(output, place)
+            columns.update(dict.fromkeys(row))
+            rows.append(row)
+        return table(_many(len(self), "output"), list(columns), ([row.get(name) for name in columns] for row in rows))
+
+
+def _cells(output: Completion | BranchedOutput | PairedOutput, place: int) -> dict[str, object]:
+    """An output as a row of a table, by column."""
+    if isinstance(output, Completion):
+        return {"": place, "completion": _whole(output), "tokens": len(output.token_ids), "end": output.finish_reason}
+    branches = (
+        {"positive": output.positive, "negative": output.negative}
+        if isinstance(output, PairedOutput)
+        else {f"branch {k}": branch for k, branch in enumerate(output.branches)}
+    )
+    where = f"{output.index}.{output.sample}" if output.sample else output.index
+    texts = {name: _whole(branch) for name, branch in branches.items()}
+    return {"": where, "prompt": _prompt_text(output.prompt), **texts}
+
+
+def _whole(completion: Completion) -> str:
+    text = completion.text if completion.text is not None else short_ids(completion.token_ids)
+    return text if completion.finish_reason != "error" else f"{text} (ended with an error)"
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    """A prompt for people: its text, its messages one after the other, or its ids."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = [part for part in prompt if isinstance(part, Mapping)]
+    if messages:
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in messages)
+    return short_ids([part for part in prompt if isinstance(part, int)])
+
+
+def short_ids(ids: Sequence[int], most: int = 8) -> str:
+    """The first few ids."""
+    return f"[{', '.join(map(str, ids[:most]))}{', …' if len(ids) > most else ''}]"
+
+
+def _head(output: BranchedOutput | PairedOutput) -> str:
+    sample = f", sample={output.sample}" if output.sample else ""
+    text = _prompt_text(output.prompt)
+    prompt = short(text) if isinstance(output.prompt, str) or not text.startswith("[") else text
+    return f"index={output.index}{sample}, prompt={prompt}"
 
 
 @dataclass(frozen=True)

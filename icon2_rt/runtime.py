@@ -39,9 +39,18 @@ from icon2_rt.engine.forward import computing
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
 from icon2_rt.engine.sampling import generable
 from icon2_rt.engine.turns import Stream
-from icon2_rt.extraction import ContrastStatistics, PairStates
+from icon2_rt.extraction import ContrastStatistics, PairStates, PromptStates, SideStatistics
 from icon2_rt.ops import row_seeds, select
-from icon2_rt.outputs import BranchedOutput, Completion, LastRun, Message, PairedOutput, Prompt, Scored
+from icon2_rt.outputs import (
+    BranchedOutput,
+    Completion,
+    LastRun,
+    Message,
+    OutputList,
+    PairedOutput,
+    Prompt,
+    Scored,
+)
 from icon2_rt.prompts import Encoder, check_is_list, is_chat, named
 from icon2_rt.qualify import Qualification, Subject, choose
 from icon2_rt.steering import CompiledSteering, Direction, DirectionSet, Steering, compile_steering
@@ -264,7 +273,7 @@ class Runtime:
 
     # ---------------------------------------------------------------- generating
 
-    def generate(self, prompts: Sequence[Prompt], steering: Steerings = None, **options: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], steering: Steerings = None, **options: Any) -> OutputList[Completion]:
         """One completion per prompt, in order; with ``n=``, the n samples of each prompt one after the other.
 
         Args:
@@ -274,7 +283,7 @@ class Runtime:
         """
         with self._turns:
             outputs = _in_order(self._stream(prompts, {"steering": steering}, **options))
-        return [output.branches[0] for output in outputs]
+        return OutputList(output.branches[0] for output in outputs)
 
     def generate_branches(
         self,
@@ -290,7 +299,7 @@ class Runtime:
         chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
         **sampling: Any,
-    ) -> list[BranchedOutput]:
+    ) -> OutputList[BranchedOutput]:
         """K continuations of every prompt, decoded in lock-step over one copy of the prompt's KV.
 
         Args:
@@ -340,11 +349,11 @@ class Runtime:
 
     def generate_pairs(
         self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
-    ) -> list[PairedOutput]:
+    ) -> OutputList[PairedOutput]:
         """A positive and a negative branch of every prompt, in one pass. Options as in :meth:`generate_branches`."""
         with self._turns:
             pairs = self.stream_pairs(prompts, positive=positive, negative=negative, **options)
-            return sorted(pairs, key=lambda pair: pair.index)
+            return OutputList(sorted(pairs, key=lambda pair: pair.index))
 
     def stream_pairs(
         self,
@@ -747,18 +756,22 @@ class Runtime:
         chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
     ) -> Direction:
-        """The direction from ``negative[i]`` to ``positive[i]`` at the last token, per block (Icon², step 1).
+        """The direction from the negative to the positive prompts at the last token, per block (Icon², step 1).
 
         Args:
+            positive, negative: prompts; ``negative[i]`` is the counterpart of ``positive[i]``. Lists of different
+                length are no pairs: "mean_difference" takes them (harmful and harmless instructions, say).
             method: "pca", the first singular vector of the uncentred differences (the paper's), or "mean_difference".
             chat_template_kwargs: variables of the chat template.
 
         Returns:
             Unit vectors, signed so that the mean difference projects positively, with the health figures
-            ``cos_mean_difference``, ``sign_agreement``, ``split_half_cosine`` and ``contrast`` per block.
+            ``cos_mean_difference``, ``sign_agreement``, ``split_half_cosine`` and ``contrast`` per block. From lists of
+            different length only ``contrast``: the others need pairs, and ``metadata["not_computed"]`` names them.
 
         Raises:
-            ValueError: lists of different length, or fewer than two pairs; no difference at all at some block.
+            ValueError: lists of different length with "pca", or fewer than two prompts in a list; no difference at all
+                at some block.
         """
         if method not in ("pca", "mean_difference"):
             raise ValueError(f"method must be 'pca' or 'mean_difference', not {method!r}")
@@ -766,10 +779,23 @@ class Runtime:
             self._encoder.encode_all(side, which, variables=chat_template_kwargs)
             for side, which in ((positive, "positive"), (negative, "negative"))
         ]
-        if len(positive) != len(negative):
-            raise ValueError(f"{len(positive)} positive and {len(negative)} negative prompts: they go pairwise")
-        if len(positive) < 2:
-            raise ValueError(f"a direction needs at least 2 pairs of prompts, not {len(positive)}")
+        paired = len(positive) == len(negative)
+        if not paired and method == "pca":
+            raise ValueError(
+                f"{len(positive)} positive and {len(negative)} negative prompts: with method='pca' they go pairwise. "
+                f"method='mean_difference' takes lists of different length"
+            )
+        if min(len(positive), len(negative)) < 2:
+            raise ValueError(
+                f"a direction needs at least 2 pairs of prompts, not {len(positive)}"
+                if paired
+                else f"a direction needs at least 2 prompts on each side, not {len(positive)} and {len(negative)}"
+            )
+        if not paired:
+            vectors, health = self._mean_difference(sides[0], sides[1], progress)
+            counts = {"n_positive": str(len(positive)), "n_negative": str(len(negative))}
+            left_out = f"{', '.join(SideStatistics.NEED_PAIRS)}: they need pairs of prompts"
+            return self._direction(name, vectors, method, health, {**counts, "not_computed": left_out})
         interleaved = [tokens for pair in zip(*sides, strict=True) for tokens in pair]
         statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size, self.device)
         states = PairStates(self.spec.n_layers)
@@ -779,6 +805,25 @@ class Runtime:
                 if pairs is not None:
                     statistics.add(*pairs)
             vectors, health = statistics.direction(method)
+        return self._direction(name, vectors, method, health, {"n_pairs": str(len(positive))})
+
+    def _mean_difference(
+        self, positive: list[list[int]], negative: list[list[int]], progress: bool
+    ) -> tuple[Tensor, dict[str, list[float]]]:
+        """Mean state of the positive prompts less that of the negative ones: unit vectors and health figures."""
+        statistics = SideStatistics(self.spec.n_layers, self.spec.hidden_size, self.device)
+        states = PromptStates(self.spec.n_layers)
+        with self._turns:
+            for _ in self._read("extract_direction", positive + negative, states.keep, None, progress):
+                for prompts, seen in states.take_whole().items():
+                    is_negative = torch.tensor([n >= len(positive) for n in prompts], device=seen.device)
+                    statistics.add(0, seen[~is_negative])
+                    statistics.add(1, seen[is_negative])
+            return statistics.direction()
+
+    def _direction(
+        self, name: str, vectors: Tensor, method: str, health: Mapping[str, Sequence[float]], facts: Mapping[str, str]
+    ) -> Direction:
         return Direction(
             name,
             vectors,
@@ -787,7 +832,7 @@ class Runtime:
             model_name=self.name,
             method=method,
             health=health,
-            metadata={"n_pairs": str(len(positive)), "model_hint": self.spec.family},
+            metadata={**facts, "model_hint": self.spec.family},
         )
 
 
@@ -821,6 +866,9 @@ class Prefix:
             if self._pinned is not None:
                 self._runtime._engine.unpin(self._pinned)
                 self._pinned = None
+
+    def __repr__(self) -> str:
+        return f"Prefix({len(self.tokens)} tokens, {'pinned' if self._pinned is not None else 'not pinned'})"
 
     @property
     def pinned(self) -> PinnedPrefix:
@@ -915,8 +963,8 @@ def _check_scored_scopes(sequences: Sequence[tuple[Sequence[int], int, CompiledS
         )
 
 
-def _in_order(outputs: Iterable[BranchedOutput]) -> list[BranchedOutput]:
-    return sorted(outputs, key=lambda output: output.index)
+def _in_order(outputs: Iterable[BranchedOutput]) -> OutputList[BranchedOutput]:
+    return OutputList(sorted(outputs, key=lambda output: output.index))  # samples of a prompt come in order
 
 
 def _device(device: str | torch.device) -> torch.device:

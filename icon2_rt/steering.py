@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from icon2_rt.notebook import table
+
 Scope = Literal["response", "generated", "all"]
 SCOPES: tuple[Scope, ...] = ("response", "generated", "all")
 
@@ -130,6 +132,36 @@ class Direction:
         keep[chosen] = 1
         return replace(self, scale=self.scale * keep)
 
+    def at(self, layer: int) -> Direction:
+        """The same direction on one block only (0-based, negative from the end): ``d[layer]``."""
+        if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+            raise TypeError(f"at() takes one block, not {layer!r}: for several write d[9:20] or d[[3, 5]]")
+        return self[layer.__index__()]
+
+    def everywhere(self) -> Direction:
+        """The vector of this direction's one block, used at every block, with the scale that it has there.
+
+        For ablating one direction in the whole stream: ``d.at(17).everywhere().ablated().with_scope("all")``. A
+        strength adds up: ``0.1 * d.at(17).everywhere()`` pushes by 0.1 (times the scale) after each of the blocks.
+        Health figures are left out, as they belong to the vectors of other blocks; ``metadata`` keeps the block.
+
+        Raises:
+            ValueError: the direction has vectors at several blocks, or at none.
+        """
+        if len(self.layers) != 1:
+            raise ValueError(
+                f"direction {self.name!r} has vectors on blocks {_runs(self.layers)}: everywhere() uses the vector of "
+                f"one block at all of them. Choose it first: d.at(17).everywhere()"
+            )
+        [layer] = self.layers
+        return replace(
+            self,
+            vectors=self.vectors[layer].expand_as(self.vectors),
+            scale=self.scale[layer].expand_as(self.scale),
+            health={},
+            metadata={**self.metadata, "everywhere": f"the vector of block {layer}"},
+        )
+
     __iter__ = None  # sliced by block like a list, but no list of blocks
     __array_ufunc__ = None  # array * direction is a strength per block (__rmul__), not an array of steerings
 
@@ -213,6 +245,14 @@ class Direction:
     def __repr__(self) -> str:
         size = f"n_layers={self.n_layers}, hidden_size={self.hidden_size}"
         return f"Direction({self.name!r}, {size}, layers={_runs(self.layers)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the health figures of every block, and what is known of where it comes from."""
+        facts = [repr(self), *(str(fact) for fact in (self.method, self.model_name) if fact)]
+        facts += [f"{key}: {value}" for key, value in self.metadata.items()]
+        figures = {name: list(values) for name, values in self.health.items() if len(values) == self.n_layers}
+        rows = ([i, float(self.scale[i]), *(each[i] for each in figures.values())] for i in self.layers)
+        return table(" · ".join(facts), ["block", "scale", *figures], rows)
 
 
 class DirectionSet:
@@ -381,9 +421,8 @@ class Steering:
         return sorted({i for t in self.terms for i in ((t.alpha != 0) | (t.beta != 0)).nonzero().flatten().tolist()})
 
     def __repr__(self) -> str:
-        parts = [f"{t.direction.name}[{_runs(_active(t).nonzero().flatten().tolist())}]" for t in self.terms]
         extra = ", keep_norm" if self.keep_norm else ""
-        return f"Steering({' + '.join(parts) or 'nothing'}, scope={self.scope!r}{extra})"
+        return f"Steering({_written([_term_text(t) for t in self.terms])}, scope={self.scope!r}{extra})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -580,6 +619,40 @@ def _merge(terms: Sequence[Term]) -> tuple[Term, ...]:
         else:
             merged.append(term)
     return tuple(merged)
+
+
+def _written(terms: Sequence[str]) -> str:
+    """A sum as one would write it."""
+    if not terms:
+        return "nothing"
+    rest = (f" - {text[1:]}" if text.startswith("-") else f" + {text}" for text in terms[1:])
+    return terms[0] + "".join(rest)
+
+
+def _term_text(term: Term) -> str:
+    """A term as one would write it: ``0.1 * honesty[9:20]``, ``honesty[17].ablated()``.
+
+    Numbers that differ from block to block are shown as ``(smallest … largest)``. A term that no single operation
+    makes has its α and β.
+    """
+    acting = _active(term).nonzero().flatten()
+    if not len(acting):
+        return f"0 * {term.direction.name}"
+    name = f"{term.direction.name}[{_runs(acting.tolist())}]"
+    alpha, beta, scale = (values[acting] for values in (term.alpha, term.beta, term.direction.scale))
+    if not bool(beta.any()):
+        # A merged term may act at blocks where this direction has no scale of its own.
+        return f"{_number(alpha / scale if bool(scale.all()) else alpha)} * {name}"
+    if bool((beta == -1).all()):
+        return f"{name}.clamped({_number(alpha)})" if bool(alpha.any()) else f"{name}.ablated()"
+    if not bool(alpha.any()):
+        return f"{name}.amplified({_number(beta)})"
+    return f"{name} with α={_number(alpha)}, β={_number(beta)}"
+
+
+def _number(values: Tensor) -> str:
+    low, high = (f"{float(v):.6g}" for v in (values.min(), values.max()))
+    return low if low == high else f"({low} … {high})"
 
 
 def _active(term: Term) -> Tensor:

@@ -311,7 +311,9 @@ def test_bad_completions_raise(rt, completions):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"negative": PROMPTS[:2]}, "3.*2|2.*3"),
+        ({"negative": PROMPTS[:2]}, "3 positive and 2 negative.*method='mean_difference' takes lists"),
+        ({"negative": PROMPTS[:1], "method": "mean_difference"}, "at least 2 prompts on each side, not 3 and 1"),
+        ({"negative": PROMPTS[:1] * 2, "positive": PROMPTS[:1] * 3, "method": "mean_difference"}, "are they equal"),
         ({"positive": [], "negative": []}, "empty|pair"),
         ({"positive": PROMPTS[:1], "negative": PROMPTS[1:2]}, "at least 2"),
         ({"positive": PROMPTS, "negative": PROMPTS}, "equal"),

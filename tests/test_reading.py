@@ -8,6 +8,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from icon2_rt import Direction, DirectionSet, Runtime
+from icon2_rt.extraction import SideStatistics
 from tests import hooks
 from tests.models import FAMILIES, random_prompts, random_vectors, tiny_llama, tiny_tokenizer
 
@@ -142,6 +143,39 @@ def test_mean_difference(rt, differences):
     assert d.scale.tolist() == [1.0] * 4
     for layer in range(4):
         assert cosine(d.vectors[layer].double().numpy(), differences[:, layer].mean(0)) > 1 - 1e-6
+
+
+def test_mean_difference_of_lists_that_are_no_pairs(oracle):
+    """Means over each side by the oracle; passes of a few prompts, so that sides meet in one and are cut by another."""
+    rt = Runtime(tiny_llama(), page_size=PAGE, prefill_chunk=16, device="cpu")
+    positive, negative = POSITIVE + random_prompts([3, 17, 5], seed=9), NEGATIVE[:3]
+    d = rt.extract_direction(positive, negative, "refusal", method="mean_difference")
+    sides = [last_states(oracle, side).double().numpy() for side in (positive, negative)]
+    means = [side.mean(0) for side in sides]
+    norms = [np.linalg.norm(side, axis=-1).mean(0) for side in sides]
+    for layer in range(4):
+        expected = means[0][layer] - means[1][layer]
+        assert cosine(d.vectors[layer].double().numpy(), expected) > 1 - 1e-6
+        contrast = np.linalg.norm(expected) / ((norms[0][layer] + norms[1][layer]) / 2)
+        assert d.health["contrast"][layer] == pytest.approx(contrast, rel=1e-4)
+    assert set(d.health) == {"contrast"}
+    assert rt.last_run.rows == 14
+    paired = rt.extract_direction(POSITIVE, NEGATIVE, "x").health
+    assert set(paired) - {"contrast"} == set(d.metadata["not_computed"].partition(":")[0].split(", "))
+    assert (d.metadata["n_positive"], d.metadata["n_negative"]) == ("11", "3")
+    assert (d.method, d.model, d.scale.tolist()) == ("mean_difference", rt.fingerprint, [1.0] * 4)
+
+
+def test_lists_of_equal_length_are_pairs_and_without_pairs_the_figures_agree(rt):
+    paired = rt.extract_direction(POSITIVE, NEGATIVE, "x", method="mean_difference")
+    assert paired.metadata["n_pairs"] == "8"
+    assert len(paired.health) == 4
+    sides = SideStatistics(4, 48, torch.device("cpu"))
+    sides.add(0, rt.hidden_states(POSITIVE))
+    sides.add(1, rt.hidden_states(NEGATIVE))
+    vectors, health = sides.direction()
+    torch.testing.assert_close(vectors, paired.vectors, atol=1e-5, rtol=0)
+    assert health["contrast"] == pytest.approx(paired.health["contrast"], rel=1e-4)
 
 
 def test_health_figures(rt, oracle, differences):

@@ -445,3 +445,42 @@ def test_what_is_not_a_steering_is_refused(a):
     for bad in (a, 0.1, "honesty", [0.1 * a]):
         with pytest.raises(TypeError, match="Steering"):
             compile_steering(bad, N_LAYERS, HIDDEN)
+
+
+# --- one block's vector everywhere -----------------------------------------------------------------------------------
+
+
+def test_at_is_one_block(a):
+    assert a.at(3).layers == [3]
+    assert a.at(-1).layers == [N_LAYERS - 1]
+    assert torch.equal(a.at(3).scale, a[3].scale)
+    for bad in ([3], slice(1, 2), True, 1.0, "3"):
+        with pytest.raises(TypeError, match="at\\(\\) takes one block"):
+            a.at(bad)
+    with pytest.raises(IndexError, match="not 6"):
+        a.at(N_LAYERS)
+
+
+def test_everywhere_has_the_vector_and_the_scale_of_its_block(tmp_path):
+    d = direction(0, model="m", method="pca", health={"contrast": [0.1] * N_LAYERS}, metadata={"k": "v"})
+    for one in (d.at(3).everywhere(), d[3].everywhere(), d[-3:-2].everywhere()):
+        assert one.layers == list(range(N_LAYERS))
+        assert all(torch.equal(row, d.vectors[3]) for row in one.vectors)
+        assert one.scale.tolist() == [float(d.scale[3])] * N_LAYERS
+        assert (one.name, one.model, one.method, one.health) == (d.name, "m", "pca", {})
+        assert one.metadata == {"k": "v", "everywhere": "the vector of block 3"}
+    alpha = (0.5 * d.at(3).everywhere()).terms[0].alpha
+    assert torch.equal(alpha, (0.5 * d.scale[3]).expand(N_LAYERS))
+    assert d.at(3).everywhere()[1:3].layers == [1, 2]
+    d.at(3).everywhere().save(tmp_path / "one.safetensors")
+    again = Direction.load(tmp_path / "one.safetensors")
+    assert torch.equal(again.vectors, one.vectors)
+    assert again.metadata == one.metadata
+
+
+def test_everywhere_needs_one_block(a):
+    for several in (a, a[1:3], a[[0, 5]]):
+        with pytest.raises(ValueError, match=r"d\.at\(17\)\.everywhere"):
+            several.everywhere()
+    with pytest.raises(ValueError, match="blocks none"):
+        a[1][2:].everywhere()

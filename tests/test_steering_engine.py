@@ -318,3 +318,26 @@ def test_keep_norm_of_a_state_that_becomes_zero_is_left_alone():
     assert bool(torch.isfinite(got).all())
     assert bool(torch.isfinite(normed).all())
     assert float(got[0].abs().max()) == 0
+
+
+# --- one vector at every block ---------------------------------------------------------------------------------------
+
+
+def test_one_blocks_vector_ablated_everywhere_is_refusal_ablation(a):
+    """transformers with hooks that take one vector out of what leaves every block, at every position."""
+    model, r = tiny_llama(), a.vectors[2]
+
+    def ablate(module: torch.nn.Module, args: object, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        states = output[0] if isinstance(output, tuple) else output
+        states = states - (states @ r)[..., None] * r
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    plain = [hooks.greedy(model, prompt, 12).token_ids for prompt in PROMPTS]
+    for block in model.model.layers:
+        block.register_forward_hook(ablate)
+    expected = [hooks.greedy(model, prompt, 12).token_ids for prompt in PROMPTS]
+    assert expected != plain
+    rt = Runtime(tiny_llama(), page_size=8, device="cpu")
+    steering = a.at(2).everywhere().ablated().with_scope("all")
+    got = rt.generate(PROMPTS, steering, do_sample=False, max_new_tokens=12)
+    assert [c.token_ids for c in got] == expected
