@@ -29,12 +29,14 @@ from icon2_rt.engine import (
     EngineOptions,
     Model,
     PinnedPrefix,
+    Reading,
     Record,
     Request,
     Row,
     Sampling,
     resolve_sampling,
 )
+from icon2_rt.engine.engine import first_steered
 from icon2_rt.engine.forward import computing
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
 from icon2_rt.engine.sampling import generable
@@ -59,6 +61,7 @@ from icon2_rt.usage import Usage
 Steerings = Steering | None | Sequence[Steering | None]
 Noise = Literal["independent", "common"]
 TemplateVariables = Mapping[str, Any] | None
+Positions = int | Sequence[int] | Sequence[Sequence[int]]
 
 
 class Runtime:
@@ -668,42 +671,64 @@ class Runtime:
         self,
         prompts: Sequence[Prompt],
         *,
+        positions: Positions = -1,
+        steering: Steerings = None,
         prefix: Prefix | None = None,
         chat_template_kwargs: TemplateVariables = None,
         progress: bool = False,
     ) -> Tensor:
-        """The residual stream of every prompt's last token after each block: ``[n, n_layers, hidden]`` fp32, CPU.
+        """The residual stream of every prompt after each block, at its last token or at chosen ones.
 
         Block i is transformers' ``hidden_states[i + 1]``, except the last, which is taken before the final norm.
+
+        Args:
+            positions: token positions of the prompt, special tokens and a prefix included (:meth:`encode` shows them);
+                negative ones count from its end. One number, a list for all prompts, or a list per prompt, all of one
+                length.
+            steering: one for all prompts, or a list with one per prompt; None = unsteered. States are those after the
+                steering of their block. The scope counts as in :meth:`generate`, and nothing is generated here: scope
+                "response" steers the last token alone, "all" every token.
+
+        Returns:
+            fp32 on the CPU: ``[n, n_layers, hidden]``, or ``[n, n_positions, n_layers, hidden]`` for lists.
+
+        Raises:
+            IndexError: a prompt has no such position. ValueError: a steering that acts on none of the positions.
         """
         pinned = self._pinned(prefix)
         tokens = self._tokens(prompts, prefix, chat_template_kwargs)
-        out = torch.empty(len(tokens), self.spec.n_layers, self.spec.hidden_size, dtype=torch.float32, device="cpu")
+        chosen, several = _positions(positions, [len(ids) for ids in tokens])
+        [steerings] = self._steerings({"steering": steering}, len(tokens))
+        readings = [Reading(*each) for each in zip(tokens, chosen, steerings, strict=True)]
+        for n, reading in enumerate(readings):
+            _check_read_scope(n, reading)
+        n_places = sum(map(len, chosen))
+        out = torch.empty(n_places, self.spec.n_layers, self.spec.hidden_size, dtype=torch.float32, device="cpu")
 
-        def keep(rows: list[int], layer: int, h: Tensor) -> None:
-            out[rows, layer] = h.float().cpu()
+        def keep(places: list[int], layer: int, h: Tensor) -> None:
+            out[places, layer] = h.float().cpu()
 
         with self._turns:
-            for _ in self._read("hidden_states", tokens, keep, pinned, progress):
+            for _ in self._read("hidden_states", readings, keep, pinned, progress):
                 pass
-        return out
+        return out if several is None else out.view(len(tokens), several, *out.shape[1:])
 
     def _read(
         self,
         call: str,
-        tokens: list[list[int]],
+        prompts: list[Reading],
         visit: Callable[[list[int], int, Tensor], None],
         pinned: PinnedPrefix | None,
         progress: bool,
     ) -> Iterator[list[int]]:
-        """Run prompts in batches; ``visit(indices, layer, h)`` sees each batch's last tokens. Yields the indices."""
+        """Run prompts in batches; ``visit`` is as in :meth:`Engine.read`. Yields the indices of each batch."""
         with (
-            self._recording(call, len(tokens)) as record,
-            tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar,
+            self._recording(call, len(prompts), ["steering"]) as record,
+            tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar,
         ):
-            for batch in self._engine.read(tokens, visit, record, pinned):
+            for batch in self._engine.read(prompts, visit, record, pinned):
                 for n in batch:
-                    self.usage.read(len(tokens[n]), len(pinned.tokens) if pinned is not None else 0)
+                    self.usage.read(prompts[n].end, prompts[n].reused(pinned))
                 yield batch
                 bar.update(len(batch))
 
@@ -742,7 +767,7 @@ class Runtime:
             out[rows, :, layer] = (h.float() @ bank[layer].T).cpu()
 
         with self._turns:
-            for _ in self._read("project", tokens, dot, pinned, progress):
+            for _ in self._read("project", _at_the_end(tokens), dot, pinned, progress):
                 pass
         return out
 
@@ -800,7 +825,7 @@ class Runtime:
         statistics = ContrastStatistics(self.spec.n_layers, self.spec.hidden_size, self.device)
         states = PairStates(self.spec.n_layers)
         with self._turns, computing(self._engine.model):  # the statistics too are in dtypes of their own
-            for _ in self._read("extract_direction", interleaved, states.keep, None, progress):
+            for _ in self._read("extract_direction", _at_the_end(interleaved), states.keep, None, progress):
                 pairs = states.take()
                 if pairs is not None:
                     statistics.add(*pairs)
@@ -814,7 +839,7 @@ class Runtime:
         statistics = SideStatistics(self.spec.n_layers, self.spec.hidden_size, self.device)
         states = PromptStates(self.spec.n_layers)
         with self._turns:
-            for _ in self._read("extract_direction", positive + negative, states.keep, None, progress):
+            for _ in self._read("extract_direction", _at_the_end(positive + negative), states.keep, None, progress):
                 for prompts, seen in states.take_whole().items():
                     is_negative = torch.tensor([n >= len(positive) for n in prompts], device=seen.device)
                     statistics.add(0, seen[~is_negative])
@@ -960,6 +985,56 @@ def _check_scored_scopes(sequences: Sequence[tuple[Sequence[int], int, CompiledS
             "steering has scope 'generated' and would steer nothing: no completion has a second token, and the first "
             "is scored at the last prompt token, which this scope leaves alone. Score longer completions, or use "
             ".with_scope('response')"
+        )
+
+
+def _at_the_end(prompts: Sequence[Sequence[int]]) -> list[Reading]:
+    return [Reading(tokens, (len(tokens) - 1,)) for tokens in prompts]
+
+
+def _positions(asked: Positions, lengths: Sequence[int]) -> tuple[list[list[int]], int | None]:
+    """The positions of every prompt, counted from 0, and how many each has (None: one number was asked for).
+
+    Raises:
+        TypeError: not numbers. ValueError: none, or lists that do not fit. IndexError: beyond a prompt.
+    """
+    asked = _plain(asked)
+    if _is_int(asked):
+        return [[_position(asked, length, n)] for n, length in enumerate(lengths)], None  # type: ignore[arg-type]
+    if not isinstance(asked, Sequence) or isinstance(asked, str):
+        raise TypeError(f"positions is a whole number or a list of them, not {asked!r}")
+    per_prompt = list(asked) if any(isinstance(p, Sequence) for p in asked) else [asked] * len(lengths)
+    if len(per_prompt) != len(lengths):
+        raise ValueError(f"positions has {len(per_prompt)} lists for {len(lengths)} prompts: one for each")
+    for p in per_prompt or [asked]:
+        if not isinstance(p, Sequence) or isinstance(p, str) or not all(map(_is_int, p)):
+            raise TypeError(f"positions is a whole number, a list of them, or one such list per prompt, not {asked!r}")
+    counts = {len(p) for p in per_prompt} or {len(asked)}  # type: ignore[arg-type]
+    if len(counts) > 1:
+        raise ValueError(f"positions has lists of {sorted(counts)} numbers: every prompt needs as many as the others")
+    [count] = counts
+    if not count:
+        raise ValueError("positions is empty: nothing to read")
+    found = [[_position(p, length, n) for p in per_prompt[n]] for n, length in enumerate(lengths)]  # type: ignore[attr-defined]
+    return found, count
+
+
+def _position(position: int, length: int, n: int) -> int:
+    if not -length <= position < length:
+        raise IndexError(
+            f"prompts[{n}] has {length} tokens, positions 0 to {length - 1} (or -{length} to -1), not {position}"
+        )
+    return position % length
+
+
+def _check_read_scope(n: int, reading: Reading) -> None:
+    """Refuse a steering that acts on none of the tokens that are read."""
+    steering, length = reading.steering, len(reading.tokens)
+    if steering is not None and reading.end <= first_steered(steering, length):
+        first = "the last token alone" if steering.scope == "response" else "generated tokens alone, and there are none"
+        raise ValueError(
+            f"prompts[{n}]: the steering has scope {steering.scope!r}, which steers {first}: no state that is read "
+            f"would change. Read the last token too, or use .with_scope('all')"
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from icon2_rt import Direction, DirectionSet, Runtime
+from icon2_rt import Direction, DirectionSet, Runtime, Steering
 from icon2_rt.extraction import SideStatistics
 from tests import hooks
 from tests.models import FAMILIES, random_prompts, random_vectors, tiny_llama, tiny_tokenizer
@@ -72,6 +72,111 @@ def test_more_prompts_than_memory_are_read_in_turns(oracle):
     assert rt.kv_pages == 8
     prompts = random_prompts([30, 40, 10, 64, 3] * 4)
     torch.testing.assert_close(rt.hidden_states(prompts), last_states(oracle, prompts), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [0, -1, -3, [2], [0, -1, 1], [-1, -1], range(3)], ids=str)
+def test_chosen_positions_are_transformers_hidden_states(rt, oracle, positions):
+    prompts = [p for p in PROMPTS if len(p) >= 3]
+    several = not isinstance(positions, int)
+    got = rt.hidden_states(prompts, positions=positions)
+    wanted = list(positions) if several else [positions]
+    assert got.shape == ((len(prompts), len(wanted), 4, 48) if several else (len(prompts), 4, 48))
+    for prompt, states in zip(prompts, got if several else got[:, None], strict=True):
+        with torch.no_grad():
+            theirs = oracle(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        for k, position in enumerate(wanted):
+            for layer in range(3):
+                torch.testing.assert_close(states[k, layer], theirs[layer + 1][0, position], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(oracle.model.norm(states[k, 3]), theirs[4][0, position], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_of_each_prompt_and_across_passes_and_a_prefix(rt, oracle):
+    prompts, positions = PROMPTS[3:7], [[7, 0], [-1, 3], [25, 16], [0, 39]]
+    expected = torch.stack(
+        [hooks.states(oracle, p)[:, at].transpose(0, 1) for p, at in zip(prompts, positions, strict=True)]
+    )
+    torch.testing.assert_close(rt.hidden_states(prompts, positions=positions), expected, atol=1e-4, rtol=1e-4)
+    assert rt.hidden_states([], positions=[0, 1]).shape == (0, 2, 4, 48)
+    head = random_prompts([11], seed=4)[0]
+    with rt.prefix(head) as prefix:
+        got = rt.hidden_states(prompts, positions=[0, 10, 11, -1], prefix=prefix)
+    expected = torch.stack([hooks.states(oracle, head + p)[:, [0, 10, 11, -1]].transpose(0, 1) for p in prompts])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert rt.free_kv_pages == rt.kv_pages
+
+
+@pytest.mark.parametrize("scope", ["response", "all"])
+def test_steered_states_are_those_of_forward_hooks(rt, oracle, scope):
+    a = Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
+    b = Direction("b", random_vectors(4, 48, seed=1), torch.ones(4))
+    steering = (4.0 * a[1:] + b[2].ablated()).with_scope(scope)
+    each = [steering, None, -1 * steering, steering.with_keep_norm()]
+    prompts = PROMPTS[3:7]
+    wanted = [0, 6, -1]
+
+    def expected(prompt: list[int], one: Steering | None) -> torch.Tensor:
+        start = hooks.first_steered(len(prompt), scope)
+        return hooks.states(oracle, prompt, one, start)[:, wanted].transpose(0, 1)
+
+    got = rt.hidden_states(prompts, positions=wanted, steering=each)
+    whole = torch.stack([expected(p, s) for p, s in zip(prompts, each, strict=True)])
+    torch.testing.assert_close(got, whole, atol=2e-4, rtol=1e-4)
+    plain = rt.hidden_states(prompts, positions=wanted)
+    changed = (got - plain).abs().amax(dim=(2, 3)) > 0.1
+    assert changed[0].tolist() == ([False, False, True] if scope == "response" else [True] * 3)
+    assert not changed[1].any()
+    head = random_prompts([9], seed=4)[0]
+    with rt.prefix(head) as prefix:
+        got = rt.hidden_states(prompts, positions=wanted, steering=steering, prefix=prefix)
+    torch.testing.assert_close(got, torch.stack([expected(head + p, steering) for p in prompts]), atol=2e-4, rtol=1e-4)
+
+
+def test_the_record_counts_what_acted_on_states(rt):
+    a = Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
+    rt.hidden_states(PROMPTS[3:5], positions=[0, 5], steering=(0.5 * a[1:3]).with_scope("all"))
+    [fired] = rt.last_run.steering
+    assert (rt.last_run.call, rt.last_run.rows, rt.last_run.complete) == ("hidden_states", 2, True)
+    assert (fired.rows, fired.layers, fired.tokens, fired.total) == (2, (1, 2), 12, 24)  # positions 0 to 5 of each
+
+
+def test_positions_and_scopes_that_read_nothing_are_refused(rt):
+    a = 0.5 * Direction("a", random_vectors(4, 48, seed=0), torch.ones(4))
+    for positions, error, says in (
+        (8, IndexError, r"prompts\[0\] has 8 tokens, positions 0 to 7 \(or -8 to -1\), not 8"),
+        ([0, -9], IndexError, r"prompts\[0\] has 8 tokens.*not -9"),
+        ([], ValueError, "positions is empty"),
+        ([[0], [1], [2]], ValueError, "3 lists for 2 prompts"),
+        ([[0], [1, 2]], ValueError, r"lists of \[1, 2\] numbers"),
+        ("last", TypeError, "whole number"),
+        (1.5, TypeError, "whole number"),
+        ([True], TypeError, "whole number"),
+        ([[0], 1], TypeError, "whole number"),
+        (None, TypeError, "whole number"),
+    ):
+        with pytest.raises(error, match=says):
+            rt.hidden_states(PROMPTS[3:5], positions=positions)
+    with pytest.raises(ValueError, match=r"prompts\[0\].*'response', which steers the last token alone"):
+        rt.hidden_states(PROMPTS[3:5], positions=[0, 2], steering=a)
+    with pytest.raises(ValueError, match="'generated', which steers generated tokens alone"):
+        rt.hidden_states(PROMPTS[3:5], steering=a.with_scope("generated"))
+    with pytest.raises(ValueError, match="3 steerings for 2 prompts"):
+        rt.hidden_states(PROMPTS[3:5], steering=[a, a, a])
+    assert rt.free_kv_pages == rt.kv_pages
+
+
+def test_a_steering_too_strong_leaves_nothing_in_the_pages(oracle):
+    page_bytes = 2 * 4 * 2 * 8 * PAGE * 4
+    rt = Runtime(tiny_llama(), page_size=PAGE, kv_memory=3 * page_bytes, device="cpu")
+    a = Direction("a", torch.ones(4, 48), torch.ones(4))
+    flood = (3e38 * a[0] + a[1].amplified(10.0)).with_scope("all")
+    assert not rt.hidden_states([PROMPTS[5][:20]], steering=flood).isfinite().all()
+    kv = rt._engine.kv
+    assert kv.free_pages == 3
+    assert kv.k.isfinite().all()
+    assert kv.v.isfinite().all()
+    prompt = PROMPTS[3]
+    expected = hooks.greedy(oracle, prompt, 10).token_ids
+    assert rt.generate([prompt], do_sample=False, max_new_tokens=10)[0].token_ids == expected
 
 
 def test_project_is_the_dot_products_alone(rt):

@@ -3,7 +3,7 @@
 from icon2_rt.engine.engine import Engine, EngineOptions
 from icon2_rt.engine.forward import Model
 from icon2_rt.engine.record import Record
-from icon2_rt.engine.rows import Branch, PinnedPrefix, Request, Row
+from icon2_rt.engine.rows import Branch, PinnedPrefix, Reading, Request, Row
 from icon2_rt.engine.sampling import Sampling, resolve_sampling
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EngineOptions",
     "Model",
     "PinnedPrefix",
+    "Reading",
     "Record",
     "Request",
     "Row",

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from icon2_rt.engine.items import ITEM_QUERIES, partials_of
 from icon2_rt.engine.kv import LEAST_PARTIALS, PARTIALS_SHARE, SCORED_ROWS, KVPages, Reserve, page_bytes, plan_pages
 from icon2_rt.engine.prefill import Copy, Prefill, fork_layer, run_prefill
 from icon2_rt.engine.record import Record
-from icon2_rt.engine.rows import PinnedPrefix, Request, Row
+from icon2_rt.engine.rows import PinnedPrefix, Reading, Request, Row
 from icon2_rt.engine.stops import Decode, StopText
 from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
 from icon2_rt.engine.turns import turns_on
@@ -395,38 +395,50 @@ class Engine:
     @steps_in_stream
     def read(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Reading],
         visit: Callable[[list[int], int, Tensor], None],
         record: Record,
         prefix: PinnedPrefix | None = None,
     ) -> Iterator[list[int]]:
-        """Show the residual stream of every prompt's last token: ``visit(prompt indices [n], layer, h [n, hidden])``
-        after each block, a batch of prompts at a time. Yields the indices of each batch."""
+        """Show the residual stream of prompts at chosen positions: ``visit(places [n], layer, h [n, hidden])`` after
+        each block, a batch of prompts at a time. All positions of all prompts are numbered one after the other, and a
+        place is such a number: the prompt's index where each prompt shows one. Yields the indices of each batch."""
+        first = list(accumulate((len(p.positions) for p in prompts), initial=0))
 
         def observe(jobs: list[int], pieces: list[tuple[int, int, int]], layer: int, h: Tensor) -> None:
-            begin, rows, whose = 0, [], []
+            begin, rows, places = 0, [], []
             for n, start, end in pieces:
+                for k, position in enumerate(prompts[jobs[n]].positions):
+                    if start <= position < end:
+                        rows.append(begin + position - start)
+                        places.append(first[jobs[n]] + k)
                 begin += end - start
-                if end == len(prompts[jobs[n]]):
-                    rows.append(begin - 1)
-                    whose.append(jobs[n])
             if rows:
-                visit(whose, layer, h[self.staging.upload({"rows": np.array(rows)})["rows"]])
+                visit(places, layer, h[self.staging.upload({"rows": np.array(rows)})["rows"]])
 
-        starts = [min(len(prefix.tokens), len(p) - 1) if prefix else 0 for p in prompts]
-        for jobs, tables in self._borrow([len(p) for p in prompts]):
-            work: list[Prefill] = []
-            copies: list[PageCopy] = []
-            for n, pages in zip(jobs, tables, strict=True):
-                if prefix is not None:
-                    count = self.kv.pages_for(starts[n])
-                    copies += zip(prefix.pages[:count], pages[:count], repeat(slice(None)))
-                work.append(Prefill(prompts[n], starts[n], len(prompts[n]), [Copy(None, pages)]))
-            self._copy(copies)
-            watch = partial(observe, jobs)
-            self._prefill(work, record, observe=watch)
-            record.read(len(jobs))
-            yield jobs
+        pinned = self.bank.pin(p.steering for p in prompts)
+        try:
+            for jobs, tables in self._borrow([p.end for p in prompts]):
+                work: list[Prefill] = []
+                copies: list[PageCopy] = []
+                for n, pages in zip(jobs, tables, strict=True):
+                    prompt, start = prompts[n], prompts[n].reused(prefix)
+                    if prefix is not None and start:
+                        count = self.kv.pages_for(start)
+                        copies += zip(prefix.pages[:count], pages[:count], repeat(slice(None)))
+                    begin = 0 if prompt.steering is None else first_steered(prompt.steering, len(prompt.tokens))
+                    if prompt.steering is not None:
+                        self.kv.spoil(pages)  # it may be too strong: no number that is not finite stays in them
+                    work.append(Prefill(prompt.tokens, start, prompt.end, [Copy(prompt.steering, pages, begin)]))
+                self._copy(copies)
+                watch = partial(observe, jobs)
+                self._prefill(work, record, observe=watch)
+                for job in work:
+                    [copy] = job.copies
+                    record.read(copy.steering, max(0, job.end - copy.steer_from))
+                yield jobs
+        finally:
+            self.bank.unpin(pinned)
 
     @steps_in_stream
     def score(

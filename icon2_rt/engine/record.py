@@ -77,10 +77,12 @@ class Record:
         if steering is not None:
             self._acted(0, steering, 0, positions)
 
-    def read(self, n: int) -> None:
-        """Count ``n`` prompts that were read."""
-        self.ended += n
-        self.rows += n
+    def read(self, steering: CompiledSteering | None = None, positions: int = 0) -> None:
+        """Count a prompt that was read, of which ``positions`` were steered."""
+        self.ended += 1
+        self.rows += 1
+        if steering is not None:
+            self._acted(0, steering, 0, positions)
 
     def _acted(self, branch: int, steering: CompiledSteering, cached: int, run: int) -> None:
         """A row whose steering held on ``cached`` positions that went through all blocks up to the last one's K and V,

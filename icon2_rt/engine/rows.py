@@ -57,6 +57,28 @@ class Request:
         return min(len(self.prefix.tokens), len(self.tokens) - 1)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A prompt whose states are shown at ``positions`` (from 0, in any order), under a steering. What comes after the
+    last of them is not computed."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    steering: CompiledSteering | None = None
+
+    @property
+    def end(self) -> int:
+        """The tokens that are computed."""
+        return max(self.positions) + 1
+
+    def reused(self, prefix: PinnedPrefix | None) -> int:
+        """Positions whose KV comes from a pinned prefix: those before all that are shown, and none where the prompt
+        itself is steered."""
+        if prefix is None or (self.steering is not None and self.steering.scope == "all"):
+            return 0
+        return min(len(prefix.tokens), *self.positions)
+
+
 @dataclass
 class Row:
     """One branch in the running batch.
