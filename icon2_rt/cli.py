@@ -40,6 +40,23 @@ Backend = Annotated[str, typer.Option(help="auto, reference, triton or native.")
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from icon2_rt import __version__
+
+        print(f"icon2_rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
 @app.command()
 def demo(
     out: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -209,6 +210,7 @@ class Encoder:
             if not all(isinstance(message[key], str) for key in ("role", "content")):
                 raise ValueError(f"role and content of a chat message are strings, not {message!r}")
             check_text(message["content"])
+            _check_role(message["role"], tokenizer.chat_template)
         return template.encode(messages, generation_prompt=generation_prompt)
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
@@ -263,6 +265,23 @@ def check_text(text: str) -> None:
             f"the text has {text[error.start]!r} at character {error.start}: half of a surrogate pair, which is no "
             f"character"
         ) from None
+
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+def _check_role(role: str, chat_template: object) -> None:
+    """Refuse a misspelt role: most templates would render it as a turn of somebody the model has never met. A role that
+    the template itself names, or that is far from the usual ones, is the caller's own.
+
+    Raises:
+        ValueError: it is nearly one of the usual roles.
+    """
+    if role in _ROLES or f"'{role}'" in str(chat_template) or f'"{role}"' in str(chat_template):
+        return
+    close = difflib.get_close_matches(role.lower(), _ROLES, 1, 0.8)
+    if close:
+        raise ValueError(f"role {role!r} of a chat message: did you mean {close[0]!r}?")
 
 
 def is_chat(prompt: object) -> bool:

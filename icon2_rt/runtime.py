@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -166,11 +168,18 @@ class Runtime:
         Raises:
             ValueError: an unsupported architecture (the message lists the supported ones), an adapter, a GGUF file,
                 quantised weights, weights that are missing or that the model has no place for. OSError: not found.
+            TypeError: an option that neither the runtime nor transformers has.
         """
+        path = os.path.expanduser(path) if isinstance(path, str) else Path(path).expanduser()
         own = {k: kwargs.pop(k) for k in list(kwargs) if k in _RUNTIME_OPTIONS}
         shared = {k: kwargs[k] for k in models.WHICH_FILES if k in kwargs}
         # Before gigabytes are read, as all that follows.
-        models.find_family(models.architecture_of(models.read_config(path, **kwargs)))
+        config = models.read_config(path, **kwargs)
+        models.find_family(models.architecture_of(config))
+        for name in kwargs:
+            close = difflib.get_close_matches(name, (*_RUNTIME_OPTIONS, "device", "backend", "tokenizer"), 1, 0.8)
+            if close and not hasattr(config, name):
+                raise TypeError(f"unknown option {name!r}: did you mean {close[0]!r}?")
         EngineOptions(**{k: v for k, v in own.items() if k != "keep_model" and v is not None})
         select(backend, _device(device))
         if tokenizer is None:
@@ -397,6 +406,7 @@ class Runtime:
             model=self.generation_config,
             vocab_size=self.spec.vocab_size,
             default_eos=self._default_eos,
+            arguments=("prompts", *dict.fromkeys(name.partition("[")[0] for name in branches), *_CALL_OPTIONS),
         )
         if options.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer, and this runtime was made without one")
@@ -941,6 +951,11 @@ class Prefix:
 _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
     "cuda_graphs",
+)  # fmt: skip
+
+
+_CALL_OPTIONS = (
+    "n", "prefix", "seed", "noise", "sample_ids", "generation_config", "chat_template_kwargs", "progress",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(eos_token_id=1, bos_token_id=0, pad_token_id=0).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def test_the_version_is_the_packages(icon2: Icon2) -> None:
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert icon2("--version") == (0, f"icon2_rt {pyproject['project']['version']}\n", "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

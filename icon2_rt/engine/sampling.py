@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,15 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "diversity_penalty": (0.0,),
     "guidance_scale": (1.0,), "token_healing": (False,), "bad_words_ids": ([],), "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],), "use_mtp": (False,), "prompt_lookup_num_tokens": (0,),
+}  # fmt: skip
+
+
+# What other tools call it.
+_MEANT = {
+    "stop": "stop_strings", "stop_words": "stop_strings", "stop_sequences": "stop_strings",
+    "stop_token_ids": "eos_token_id", "max_tokens": "max_new_tokens", "temp": "temperature",
+    "repeat_penalty": "repetition_penalty", "num_samples": "n", "n_samples": "n", "steer": "steering",
+    "random_state": "seed", "template_kwargs": "chat_template_kwargs",
 }  # fmt: skip
 
 
@@ -76,12 +85,14 @@ def resolve_sampling(
     model: GenerationConfig | None = None,
     vocab_size: int,
     default_eos: Any = None,
+    arguments: Sequence[str] = (),
 ) -> Sampling:
     """Merge keyword options, a GenerationConfig and the model's own into one value; the earlier ones win.
 
     Fields that are unset in all of them take transformers' defaults, top_k = 50 included, and ``default_eos``, the
     tokenizer's. Giving temperature, top_k, top_p or min_p as an option means ``do_sample=True`` unless do_sample is
-    given too. A limit replaces a later one's of either kind (max_new_tokens, max_length).
+    given too. A limit replaces a later one's of either kind (max_new_tokens, max_length). ``arguments`` are the call's
+    others, which an unknown option may have meant.
 
     Raises:
         TypeError: an option that does not exist. ValueError: a value out of range, or a field that would change the
@@ -90,9 +101,11 @@ def resolve_sampling(
     known = set(GenerationConfig().to_dict()) | set(_HARMLESS) | set(_NEUTRAL)
     for name in options:
         if name not in known or name == "transformers_version":
-            close = difflib.get_close_matches(name, SUPPORTED, 1)
-            hint = f": did you mean {close[0]!r}?" if close else "."
-            raise TypeError(f"unknown option {name!r}{hint} Sampling options are {', '.join(SUPPORTED)}")
+            allowed = (*arguments, *SUPPORTED)
+            meant = [_MEANT[name]] if _MEANT.get(name) in allowed else difflib.get_close_matches(name, allowed, 1)
+            hint = f": did you mean {meant[0]!r}?" if meant else "."
+            others = f"Arguments are {', '.join(arguments)}; sampling" if arguments else "Sampling"
+            raise TypeError(f"unknown option {name!r}{hint} {others} options are {', '.join(SUPPORTED)}")
     if base is not None and not isinstance(base, GenerationConfig):
         raise TypeError(f"generation_config must be a transformers GenerationConfig, not {type(base).__name__}")
     options = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in options.items()}  # numpy's numbers

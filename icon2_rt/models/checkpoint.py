@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 # Arguments of from_pretrained that say which files are meant.
 WHICH_FILES = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 # transformers sets variables of the process while it loads (the default dtype, torch.nn.init): one thread at a time.
 _LOADING = threading.Lock()
 
@@ -32,6 +34,13 @@ def read_config(path: str | os.PathLike[str], **options: Any) -> PretrainedConfi
     """
     which = {k: options[k] for k in WHICH_FILES if k in options}
     _refuse_gguf(path, options.get("gguf_file"))
+    _check_there(path)
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if options.get(name):
+            raise ValueError(
+                f"{name}=True: quantised weights are not supported, as steering acts on the full-precision residual "
+                f"stream. Leave it out; dtype=torch.bfloat16 takes two bytes a weight"
+            )
     adapter = _adapter(path, which)
     if adapter is not None:
         raise ValueError(
@@ -39,7 +48,15 @@ def read_config(path: str | os.PathLike[str], **options: Any) -> PretrainedConfi
             f"(peft: AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload().save_pretrained(folder)) and "
             f"give that folder. Where that was done already, take adapter_config.json away"
         )
-    config = AutoConfig.from_pretrained(path, **which)
+    try:
+        config = AutoConfig.from_pretrained(path, **which)
+    except OSError as error:
+        if os.path.isdir(path):
+            raise
+        raise OSError(
+            f"there is no folder {str(path)!r} here, and as a hub id it could not be loaded: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     asked = options.get("quantization_config")
     # A config that asks transformers to de-quantise while it loads; what comes out is looked at again.
     dequantises = getattr(asked, "dequantize", False) or getattr(asked, "run_compressed", True) is False
@@ -81,6 +98,13 @@ def load_model(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     try:
         with _LOADING:
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{**options, "output_loading_info": True})
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        raise TypeError(
+            f"unknown option {unknown[1]!r}: neither the runtime has it nor transformers' from_pretrained"
+        ) from error
     except SafetensorError as error:
         raise ValueError(
             f"a file of weights of {str(path)!r} is damaged or was not copied whole ({error}): get it again"
@@ -104,6 +128,19 @@ def load_model(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
             f"transformers loads it, pass it as Runtime(model, tokenizer)"
         )
     return model
+
+
+def _check_there(path: str | os.PathLike[str]) -> None:
+    """Refuse what can only be a path and is not there; a name of the form "owner/name" may be a hub id."""
+    text = os.fspath(path)
+    path_like = not isinstance(path, str) or text.startswith(("/", ".", "~", os.sep)) or text.count("/") > 1
+    if path_like and not os.path.exists(text):
+        raise FileNotFoundError(
+            f"there is no folder {os.path.abspath(text)}: give a checkpoint's folder (with config.json and "
+            f"safetensors), or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'"
+        )
+    if not path_like and not os.path.isdir(text) and not _HUB_ID.fullmatch(text):
+        raise FileNotFoundError(f"{text!r} is neither a folder here nor a hub id such as 'Qwen/Qwen2.5-7B-Instruct'")
 
 
 def _refuse_gguf(path: str | os.PathLike[str], gguf_file: object) -> None:

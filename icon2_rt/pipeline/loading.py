@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ def model_path(name: str) -> str:
         from icon2_rt import tiny
 
         return str(tiny.path())
-    return name
+    return os.path.expanduser(name)
 
 
 def glance(config: RunConfig) -> tuple[Any, Any]:
