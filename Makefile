@@ -48,15 +48,18 @@ demo: $(VENV)/.core ## the whole method on the model that ships with the package
 	@$(BIN)/icon2 demo
 
 # Most of a test is the dispatch of small operations: a process per core, one thread each. A file's tests stay together,
-# for what they share. Triton's interpreter is chosen when a kernel is defined, so its lane is a process of its own.
+# for what they share. Triton's interpreter is chosen when a kernel is defined, so its lane is a process of its own. The
+# GPU's lane runs on the CPU, which shows that its tests are right; what is minutes of work there, at sizes of real
+# models, is left out.
 # $(call tests,VENV)
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 define tests
 	OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1)/bin/python $(PYTEST) tests/interpret
+	OMP_NUM_THREADS=1 GPU_LANE_DEVICE=cpu $(1)/bin/python $(PYTEST) tests/gpu -k "not linear and not 128256 and not 152064"
 endef
 
-test: $(VENV)/.dev ## every test, then the kernels under Triton's interpreter
+test: $(VENV)/.dev ## every test, then the kernels under Triton's interpreter, and the GPU's tests on the CPU
 	$(call tests,$(VENV))
 
 test-oldest: .venv-oldest/.dev ## the same tests with the oldest supported triton and transformers, in .venv-oldest

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -670,10 +668,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from icon2_rt.outputs import Fired, Paths
-from icon2_rt.pipeline.config import RunConfig
-from icon2_rt.pipeline import run
+from icon2_rt.cli import main
 
-config, out = RunConfig.load(sys.argv[1]), Path(sys.argv[2])
+out = Path(sys.argv[2])
+sys.argv = ["icon2", "run", sys.argv[1], "--out", sys.argv[2]]
 rng = random.Random(0)
 kills = 0
 
@@ -685,7 +683,10 @@ while True:
     enough, delay = finished_steps() + rng.choice([0, 0, 1]), rng.uniform(0, rng.choice([0.05, 0.3, 1.2]))
     child = os.fork()
     if child == 0:
-        run(config, out)
+        try:
+            main()
+        except SystemExit as end:
+            os._exit(end.code or 0)
         os._exit(0)
     reached = None
     while True:
@@ -706,6 +707,7 @@ while True:
 
 
 def test_sigkill_at_random_moments_changes_no_byte(finished: RunResult, model: Path, tmp_path: Path) -> None:
+    """The same command line again and again, until it comes to its end."""
     path = tmp_path / "run.toml"
     path.write_text(_toml({"model": str(model), **SETTINGS}))
     done = subprocess.run(
@@ -719,25 +721,8 @@ def test_sigkill_at_random_moments_changes_no_byte(finished: RunResult, model: P
     assert status == 0, done.stderr
     assert kills >= 4
     assert _bytes(tmp_path / "run") == _bytes(finished.path)
-
-
-def test_the_command_continues_after_a_kill(finished: RunResult, model: Path, tmp_path: Path) -> None:
-    """The same command line again, after the process was killed in the middle of its work."""
-    path, out = tmp_path / "run.toml", tmp_path / "run"
-    path.write_text(_toml({"model": str(model), **SETTINGS}))
-    command = [sys.executable, "-c", "from icon2_rt.cli import main; main()", "run", str(path), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "steps/directions.json").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "report.json").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert _bytes(out) == _bytes(finished.path)
-    events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert events.count("started") == 1
-    assert events.count("resumed") == 1
+    events = [json.loads(line)["event"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert events.count("resumed") >= 1  # one that is killed before it has a manifest is started anew
     assert events[-1] == "finished"
 
 

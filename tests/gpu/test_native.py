@@ -112,7 +112,7 @@ def test_a_row_of_sample_is_its_own(native):
     logits, how = 3 * draw(rows, vocab), settings(rows, vocab)
     together = run(native, logits, how, rows)
     for row in (0, 1, 5, 11):
-        one = {name: value[row : row + 1].contiguous() for name, value in vars(how).items()}
+        one = {name: value[row : row + 1].contiguous() for name, value in vars(how).items() if value is not None}
         alone = state(1)
         alone.generated.fill_(row)
         native.sample(logits[row : row + 1], replace(how, **one), alone)
