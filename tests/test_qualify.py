@@ -293,8 +293,18 @@ def test_a_line_in_two_pieces(trial):
 def test_printing_nothing_and_going(trial):
     verdict = trial("sys.exit('ImportError: no module named icon2_rt')")
     works(verdict)
-    assert verdict.status == "refused"
+    assert (verdict.status, verdict.stored) == ("not tried", None)
     assert "exit code 1" in verdict.reason and "no module named icon2_rt" in verdict.reason
+
+
+@pytest.mark.parametrize("what", ["facts", "recording"])
+def test_going_before_any_kernel_is_no_verdict_on_the_device(trial, what):
+    """CUDA may refuse a process for many reasons, which change."""
+    verdict = trial(f"begin({what!r}, None); sys.exit('RuntimeError: Error 802: system not yet initialized')")
+    works(verdict)
+    assert (verdict.status, verdict.stored) == ("not tried", None)
+    assert f"{what}: " in verdict.reason and "802" in verdict.reason
+    assert trial(RIGHT).status == "proven"
 
 
 def test_printing_nothing_and_staying(trial):
@@ -387,6 +397,27 @@ def test_a_machine_that_went_down_is_not_brought_down_again(trial):
     assert trial(RIGHT).cached
 
 
+def test_another_machine_that_shares_the_folder_did_not_go_down(trial):
+    """Homes are shared by the nodes of a cluster, and a job there may be killed at any time."""
+    here = replace(GPU, uuid="here")
+    _mark(trial, boot="of there", machine="there")
+    assert trial(RIGHT, device=here).status == "proven"
+    _mark(trial, boot="of there", machine="there", times=2)
+    verdict = trial(RIGHT, device=here, again=False)
+    assert verdict.cached  # a verdict that is there is not touched by what others try
+    Path(verdict.stored).unlink()
+    verdict = trial(RIGHT, device=here)
+    assert verdict.status == "refused" and "never got past" in verdict.reason
+    _mark(trial, boot="before", machine="here")
+    Path(verdict.stored).unlink()
+    assert "went down" in trial(RIGHT, device=here).reason
+
+
+def test_two_devices_of_one_kind_share_a_verdict(trial):
+    assert trial(RIGHT, device=replace(GPU, uuid="one")).status == "proven"
+    assert trial(RIGHT, device=replace(GPU, uuid="other", index=1)).cached
+
+
 # --- the stored verdict ---------------------------------------------------------------------------------------------
 
 
@@ -428,7 +459,15 @@ def test_a_home_that_cannot_be_written(trial, tmp_path, monkeypatch):
 def test_a_file_cut_in_half_is_no_verdict(trial):
     path = Path(trial(RIGHT).stored)
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"[]", b"{}", b'{"key": 1, "verdict": {}}', b"\xff\xfe"):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        b"[]",
+        b"{}",
+        b'{"key": 1, "verdict": {}}',
+        b"\xff\xfe",
+        9999 * b"[",
+    ):
         path.write_bytes(damaged)
         verdict = trial(RIGHT)
         works(verdict)
@@ -786,6 +825,8 @@ def test_facts_by_the_driver_make_no_context(monkeypatch):
                 values = {20: 3, 75: 9, 76: 0}
                 if name == "cuDeviceGetName":
                     arguments[0].value = b"Test GPU"
+                elif name == "cuDeviceGetUuid":
+                    arguments[0].raw = bytes(range(16))
                 elif name == "cuDeviceTotalMem_v2":
                     arguments[0]._obj.value = 80 << 30
                 elif name == "cuDeviceGetAttribute":
@@ -801,6 +842,7 @@ def test_facts_by_the_driver_make_no_context(monkeypatch):
     assert found is not None
     assert (found.name, found.index, found.capability, found.memory) == ("Test GPU", 1, (9, 0), 80 << 30)
     assert (found.driver_cuda, found.compute_mode) == ((13, 0), "exclusive")
+    assert found.uuid == bytes(range(16)).hex()
     assert not [
         name for name in called if "Ctx" in name or "PrimaryCtx" in name or ("Mem" in name and "Total" not in name)
     ]

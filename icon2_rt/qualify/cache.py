@@ -37,7 +37,7 @@ ENVIRONMENT = (
 _UNIMPORTANT = ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR", "TRITON_LIBCUDA_PATH")
 # What is tried where no model is named.
 LLAMA_3_8B = DecoderSpec("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, None, 1e-5, 1.0, False)
-SOURCES = ("ops", "engine", "kernels", "trial")
+SOURCES = ("ops", "engine", "models", "kernels", "trial")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def folder() -> Path:
 def place(facts: DeviceFacts) -> dict[str, Any]:
     """The part of a key that is not the model's: device, driver, versions, sources, environment."""
     env = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("TRITON_")}
-    device = {k: v for k, v in asdict(facts).items() if k not in ("index", "compute_mode", "mps")}
+    device = {k: v for k, v in asdict(facts).items() if k not in ("index", "compute_mode", "mps", "uuid")}
     return {
         "device": json.loads(json.dumps(device)),
         "versions": versions(PACKAGES),
@@ -199,7 +199,7 @@ def _read(
         stored, verdict = data["key"], Qualification.from_dict(data["verdict"])
         same = stored == key if key is not None else (stored["place"], stored["subject"]["dtype"]) == (there, dtype)
         age = now - float(verdict.when)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not same or (verdict.status != "proven" and not 0 <= age <= NEGATIVE_DAYS * 86400):
         return None

@@ -29,7 +29,8 @@ class DeviceFacts:
     Attributes:
         index: its number among the visible devices. memory: bytes in all. driver: the kernel driver's version.
         driver_cuda: the newest CUDA that the driver knows. torch_cuda: what torch was built for. hip: ROCm's version,
-            None on CUDA. mps: several processes share the device through the multi-process service.
+            None on CUDA. mps: several processes share the device through the multi-process service. uuid: which of all
+            devices it is, in hexadecimal.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DeviceFacts:
     hip: str | None = None
     compute_mode: ComputeMode = "default"
     mps: bool = False
+    uuid: str = ""
 
     def obstacle(self) -> str | None:
         """Why no kernel can run on it, as one sentence; None where one can."""
@@ -91,10 +93,11 @@ def by_driver(index: int) -> DeviceFacts | None:
     except OSError:
         return None
     number, handle, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
-    name = ctypes.create_string_buffer(256)
+    name, uuid = ctypes.create_string_buffer(256), ctypes.create_string_buffer(16)
     if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), index):
         return None
     cuda.cuDeviceGetName(name, len(name), handle)
+    cuda.cuDeviceGetUuid(uuid, handle)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(size), handle)
 
     def attribute(which: int) -> int:
@@ -115,6 +118,7 @@ def by_driver(index: int) -> DeviceFacts | None:
         torch_cuda=torch.version.cuda,
         hip=torch.version.hip,
         mps=_under_mps(),
+        uuid=uuid.raw.hex(),
     )
 
 

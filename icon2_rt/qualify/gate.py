@@ -28,6 +28,8 @@ COMMAND = (sys.executable or "python3", "-P", "-m", "icon2_rt.trial")
 MOST_STARTS = 5
 # Interrupted so often in the same place on a machine that was not restarted since, it is not tried there again.
 MOST_INTERRUPTIONS = 2
+# What a trial begins before any kernel of ours has run: a process that dies there says nothing of them.
+BEFORE_KERNELS = ("start", "facts", "recording")
 _AGAIN = "`icon2 doctor --qualify --again` tries again"
 
 
@@ -116,7 +118,7 @@ def qualify(
         verdict = entry.load()  # of a process that we waited for
         if verdict is not None and (not again or verdict.when >= began):
             return verdict
-        verdict = _earlier_end(entry, again) or _Trial(entry, subject, facts, command, limits).run(say or _say)
+        verdict = _earlier_end(entry, facts, again) or _Trial(entry, subject, facts, command, limits).run(say or _say)
         verdict = named(verdict, facts.name, time.time() - began, time.time())
         if verdict.status == "not tried":  # a circumstance, and nothing of the device: it is tried at the next start
             return verdict
@@ -165,6 +167,10 @@ class _Trial:
                     return Qualification("not tried", self.cannot)
                 if end.how == "done":
                     return conclude(self.forms, self.engines, self.timed)
+                if end.how == "died" and end.at.get("what") in BEFORE_KERNELS:
+                    return Qualification(
+                        "not tried", f"the trial's process ended at its {end.at['what']}: {end.detail}"
+                    )
                 if (why := self._spare(end)) is not None or time.monotonic() >= until:
                     return self._refused(why or f"{_place(end.at)}: {end.detail}")
             return self._refused("the trial's process died again and again")
@@ -179,6 +185,7 @@ class _Trial:
             "subject": self.subject.to_dict(),
             "device": f"cuda:{self.facts.index}",
             "marker": str(self.entry.marker),
+            "machine": self.facts.uuid,
             "forms": [vars(f) for f in self.forms],
             "engines": [vars(e) for e in self.engines],
         }
@@ -216,22 +223,24 @@ def _place(at: Event) -> str:
     return f"{at.get('what')} ({form})" if form else str(at.get("what"))
 
 
-def _earlier_end(entry: Entry, again: bool) -> Qualification | None:
+def _earlier_end(entry: Entry, facts: DeviceFacts, again: bool) -> Qualification | None:
     """The verdict that follows from the marker of a trial that never came to an end; None if another may begin.
 
     A marker from before the machine was last started means that it may have taken the machine along: not tried again.
-    One of this start was left by a process that was killed; a second time in the same place is enough.
+    One of this start was left by a process that was killed; a second time in the same place is enough. So it is with
+    one of another machine, which shares this folder: another start of it says nothing.
     """
     try:
         marker = json.loads(entry.marker.read_bytes())
         boot, at, times = str(marker["boot"]), str(marker["at"]), int(marker["times"])
-    except (OSError, ValueError, KeyError, TypeError):
+        here = marker.get("machine", "") == facts.uuid
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if again:
         with suppress(OSError):
             entry.marker.unlink()
         return None
-    if boot != boot_id():
+    if here and boot != boot_id():
         return Qualification("refused", f"the machine went down while an earlier trial was at {at}; {_AGAIN}")
     if times >= MOST_INTERRUPTIONS:
         return Qualification("refused", f"{times} earlier trials never got past {at}; {_AGAIN}")

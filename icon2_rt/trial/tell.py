@@ -10,16 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from icon2_rt.atomic import write_atomic
 from icon2_rt.qualify.gate import boot_id
 from icon2_rt.qualify.verdict import EngineResult, FormResult
 
 
 class Teller:
     """Writes events into ``pipe`` (None: nowhere), and before anything that may bring the machine down a file
-    ``marker`` that says what: it is on the disk before the attempt is made."""
+    ``marker`` that says what, and on which ``machine``: it is on the disk before the attempt is made."""
 
-    def __init__(self, pipe: int | None = None, marker: str | None = None):
-        self._pipe, self._marker = pipe, Path(marker) if marker else None
+    def __init__(self, pipe: int | None = None, marker: str | None = None, machine: str = ""):
+        self._pipe, self._marker, self._machine = pipe, Path(marker) if marker else None, machine
         self._at = ""
         self._before: Mapping[str, Any] = {}
         if self._marker is not None:
@@ -49,12 +50,7 @@ class Teller:
     def _mark(self, at: str) -> None:
         if self._marker is None:
             return
-        boot = boot_id()
-        again = self._before.get("at") == at and self._before.get("boot") == boot
-        times = int(self._before.get("times", 0)) + 1 if again else 1
+        times = int(self._before.get("times", 0)) + 1 if self._before.get("at") == at else 1
+        data = {"machine": self._machine, "boot": boot_id(), "at": at, "times": times}
         with suppress(OSError):  # a folder that cannot be written: nothing is remembered
-            self._marker.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._marker, "w") as file:
-                json.dump({"boot": boot, "at": at, "times": times}, file)
-                file.flush()
-                os.fsync(file.fileno())
+            write_atomic(self._marker, json.dumps(data).encode())
