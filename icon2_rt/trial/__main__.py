@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from icon2_rt.ops import assemble, available
 from icon2_rt.qualify.cache import LLAMA_3_8B, Subject
 from icon2_rt.qualify.verdict import EngineResult, FormResult, Qualification, choose_forms, choose_prefill, conclude
 from icon2_rt.trial.decoder import weight_bytes
-from icon2_rt.trial.forms import Effort, decoder_spec, record, said_of, try_forms, try_prefill
+from icon2_rt.trial.forms import Effort, decoder_spec, out_of_memory, record, said_of, try_forms, try_prefill
 from icon2_rt.trial.tell import Teller
 from icon2_rt.trial.whole import try_engine
 
@@ -71,7 +72,7 @@ def _short_of_memory(subject: Subject, device: torch.device) -> str | None:
 def why_cannot(error: BaseException) -> str | None:
     """What an error of CUDA says of the circumstances, as one sentence; None where it says something of a kernel."""
     said = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said:
+    if out_of_memory(error):
         return "the device ran out of memory during the trial: free some, or use a smaller model"
     if "busy or unavailable" in said:
         return "the device is in exclusive mode or busy: another process (perhaps this one) has it"
@@ -98,9 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     engines = [EngineResult(**e) for e in asked.get("engines", [])]
     if given.pipe is not None:
         _die_with_parent()
-    tell = Teller(given.pipe, asked.get("marker"))
+    _exact_products()
+    tell = Teller(given.pipe, asked.get("marker"), asked.get("machine", ""))
     try:
-        why = trial(subject, device, forms, engines, tell)
+        # Kernels are launched on the current device, whichever the tensors are on.
+        with torch.cuda.device(device) if on_gpu else nullcontext():
+            why = trial(subject, device, forms, engines, tell)
     except (RuntimeError, AssertionError) as error:
         why = why_cannot(error)
         if why is None:
@@ -118,6 +122,14 @@ def _die_with_parent() -> None:
     """A trial whose parent was killed would have the device to itself for minutes."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _exact_products() -> None:
+    """fp32 means fp32, since all is held against it. Some images let matrix products use TF32 by their environment
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), which is 1e-3 off and would make right kernels look wrong."""
+    torch.set_float32_matmul_precision("highest")
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        del os.environ["NVIDIA_TF32_OVERRIDE"]  # cuBLAS reads it when it is first used
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ anything for another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +36,13 @@ class Fences:
     def __init__(self) -> None:
         self._whole: list[tuple[str, Tensor, int]] = []
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
-        """A contiguous tensor full of nonsense: NaN, or a large number."""
-        n = torch.Size(shape).numel() * dtype.itemsize
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str,
+        stride: tuple[int, ...] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A tensor full of nonsense: NaN, or a large number. Contiguous, or with ``stride``, and then what lies between
+        its elements is nonsense too."""
+        n = (torch.Size(shape).numel() if stride is None else span(shape, stride)) * dtype.itemsize
         whole = torch.full((2 * FENCE + -(-n // 64) * 64,), _FENCE_BYTE, dtype=torch.uint8, device=device)
         inside = whole[FENCE : FENCE + n]
         if dtype == torch.bool:
@@ -46,14 +50,14 @@ class Fences:
         else:
             inside.fill_(_FLOAT_BYTE if dtype.is_floating_point else _INT_BYTE)
         self._whole.append((name, whole, n))
-        return inside.view(dtype).view(shape)
+        return inside.view(dtype).view(shape) if stride is None else inside.view(dtype).as_strided(shape, stride)
 
     def copy(self, value: Any, kept: frozenset[int] = frozenset(), name: str = "argument") -> Any:
         """``value`` with every tensor in it copied into fenced memory, but for those whose address is in ``kept``."""
         if isinstance(value, Tensor):
             if value.data_ptr() in kept:
                 return value
-            fenced = self.empty(tuple(value.shape), value.dtype, value.device, name)
+            fenced = self.empty(tuple(value.shape), value.dtype, value.device, name, stride_of_copy(value))
             return fenced if name in SCRATCH else fenced.copy_(value)
         return rebuild(value, lambda v, part: self.copy(v, kept, part or name))
 
@@ -80,6 +84,26 @@ class Fenced(TorchFunctionMode):
         device = torch.device(kwargs.get("device") or (like.device if isinstance(like, Tensor) else "cpu"))
         meta = func(*args, **{**kwargs, "device": "meta"})
         return self.fences.empty(tuple(meta.shape), meta.dtype, device, "a result")
+
+
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements of memory from the first to the last of a tensor, its gaps included."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+
+
+def stride_of_copy(x: Tensor) -> tuple[int, ...] | None:
+    """The stride that a copy of ``x`` is to have so that rows lie as far apart as its do, which is what a kernel that
+    takes one row's length for another's gets wrong. None, contiguous, where it is, or elements share memory."""
+    shared = span(x.shape, x.stride()) < x.numel()
+    return None if x.is_contiguous() or shared else x.stride()
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """A copy whose rows lie as far apart as those of ``x``."""
+    stride = stride_of_copy(x)
+    if stride is None:
+        return x.clone(memory_format=torch.contiguous_format)
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def rebuild(value: Any, change: Callable[[Any, str | None], Any]) -> Any:

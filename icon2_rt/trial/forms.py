@@ -20,13 +20,13 @@ from torch import Tensor
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, Request, Sampling
 from icon2_rt.engine.kv import page_bytes
 from icon2_rt.models import DecoderSpec
-from icon2_rt.ops import Ops, RowSampling, RowState, forms, native, native_cuda_ops, prefill, triton_ops
+from icon2_rt.ops import Ops, RowSampling, RowState, Segments, forms, native, native_cuda_ops, prefill, triton_ops
 from icon2_rt.ops.philox import exponential_noise
 from icon2_rt.ops.sample import process, warp
 from icon2_rt.qualify.cache import Subject
 from icon2_rt.qualify.verdict import ESSENTIAL, PREFILL, REPLACEABLE, FormResult
 from icon2_rt.steering import CompiledSteering, Direction, compile_steering
-from icon2_rt.trial.check import SCRATCH, TIE, Fenced, Fences, compare, rebuild, same_bytes, tensors, upcast
+from icon2_rt.trial.check import SCRATCH, TIE, Fenced, Fences, compare, copy_of, rebuild, same_bytes, tensors, upcast
 from icon2_rt.trial.decoder import random_weights
 from icon2_rt.trial.tell import Teller
 from icon2_rt.trial.timing import captured, microseconds
@@ -77,7 +77,8 @@ class Recorder:
             given = signature.bind(*args, **kwargs).args
             if op == "begin_step":
                 self._rows = len(given[0].positions)
-            key = (op, self._rows, tuple(map(_kind, given)) if self._rows is not None else ())
+            kinds = _continued if self._rows is None else _kind
+            key = (op, self._rows, tuple(map(kinds, given)))
             if key not in self.cases:
                 self.cases[key] = Case(op, self._rows, self._copy(given))
             result = function(*given)
@@ -89,7 +90,7 @@ class Recorder:
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if value.data_ptr() in self._kept else value.clone(memory_format=torch.contiguous_format)
+            return value if value.data_ptr() in self._kept else copy_of(value)
         return rebuild(value, lambda v, part: v if part in SCRATCH else self._copy(v))
 
 
@@ -102,6 +103,11 @@ def _most_scratch(rows: int, vocab: int) -> int:
 def reference_of(op: str) -> Callable:
     """The definition of an op."""
     return prefill.prefill_attention if op == PREFILL else getattr(Ops(), op)
+
+
+def _continued(argument: Any) -> bool:
+    """Calls of a prefill are of two kinds: prompts attend from their beginning, or some go on behind what is there."""
+    return isinstance(argument, Segments) and any(run.start > 0 for run in argument.runs)
 
 
 def _kind(argument: Any) -> Any:
@@ -127,7 +133,7 @@ def record(
     options = EngineOptions(
         kv_memory=pages * page_bytes(spec, subject.page_size, dtype), page_size=subject.page_size,
         split_pages=subject.split_pages, max_rows=most, max_directions=8, max_terms=subject.max_terms,
-        prefill_chunk=512, cuda_graphs=False,
+        prefill_chunk=2 * split, cuda_graphs=False,  # shorter than a prompt, so that passes go on behind others
     )  # fmt: skip
     engine = Engine(Model(spec, weights, recorder.ops()), options)
     for pages_ in (engine.kv.k, engine.kv.v):  # what nobody may read is far off
@@ -266,7 +272,7 @@ def try_form(
             for case, found in zip(cases, first, strict=True):
                 wrong = wrong or _again(function, case, found, kept, device, effort)
                 tell.beat()
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # Triton's own errors derive from nothing narrower
         raise_if_gone(device, error)
         wrong = wrong or said_of(error)
     if form == "reference":
@@ -385,7 +391,7 @@ def _times(
 
 def _copied(value: Any, kept: frozenset[int]) -> Any:
     if isinstance(value, Tensor):
-        return value if value.data_ptr() in kept else value.clone()
+        return value if value.data_ptr() in kept else copy_of(value)
     return rebuild(value, lambda v, part: v if part in SCRATCH else _copied(v, kept))
 
 
@@ -440,7 +446,9 @@ def try_prefill(
             if effort.times and wrong is None:
                 for case in mine:
                     tokens = str(len(case.arguments[0]))
-                    times[tokens] = microseconds(partial(call, *case.arguments), device, effort.times)
+                    times[tokens] = times.get(tokens, 0.0) + microseconds(
+                        partial(call, *case.arguments), device, effort.times
+                    )
         except Exception as failure:  # a library of somebody else's: whatever it raises costs this path alone
             raise_if_gone(device, failure)
             wrong = said_of(failure)
@@ -452,13 +460,21 @@ def try_prefill(
 def raise_if_gone(device: torch.device, error: BaseException) -> None:
     """Raise ``error`` where the device took it so badly that nothing more can run in this process; and memory that is
     not there, which is nothing of the op's."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         raise error
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
         except RuntimeError:
             raise error from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Does it say that the device has no memory left? Only torch's allocator has a class for it: the driver says so
+    when it loads a kernel, cuBLAS when it makes a handle, and the engine's graphs when they do not fit."""
+    said = str(error).lower()
+    words = ("out of memory", "alloc_failed", "no memory is left")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in words)
 
 
 def said_of(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from icon2_rt.engine import Branch, Engine, EngineOptions, Model, Request, Sampling
 from icon2_rt.engine.kv import page_bytes
+from icon2_rt.engine.record import Record
 from icon2_rt.models import DecoderSpec
 from icon2_rt.ops import Ops
 from icon2_rt.qualify.cache import Subject
@@ -56,7 +57,7 @@ def try_engine(
                     "step": _step_time(subject, ops, device, dtype, graphs, tell),
                     "reference": _step_time(subject, Ops(), device, dtype, False, tell),
                 }
-        except (RuntimeError, ValueError, TypeError, AssertionError, FloatingPointError) as error:
+        except Exception as error:
             raise_if_gone(device, error)
             wrong = said_of(error)
         result = EngineResult(graphs, wrong, times)
@@ -136,9 +137,12 @@ def _run(
     kv.allocate = noting  # type: ignore[method-assign]
     tell.beat()
     results: dict[int, list[Result]] = {}
-    for request, rows in engine.decode(requests(spec, subject.page_size, split), text_of):
+    record = Record()
+    for request, rows in engine.decode(requests(spec, subject.page_size, split), text_of, record):
         results[request.index] = [Result(tuple(r.tokens), tuple(r.logprobs), r.finish) for r in rows]
         tell.beat()
+    if graphs and (record.fallbacks or not record.graph_steps):
+        raise AssertionError(record.fallbacks[0] if record.fallbacks else "no step was replayed as a CUDA graph")
     others = torch.tensor(sorted(set(range(kv.n_pages)) - used), device=device)
     for pages in (kv.k, kv.v):
         if bool((pages.index_select(1, others) != CANARY).any()):
