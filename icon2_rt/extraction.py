@@ -123,8 +123,8 @@ class PairStates(PromptStates):
         self._left = {n: states[at].clone() for n, at in place.items() if n not in paired}
         if not even:
             return None
-        index = torch.tensor([[place[n], place[n + 1]] for n in even], device=states.device)
-        return states[index[:, 0]], states[index[:, 1]]
+        each = states.unbind()  # an index would have to be brought to the device, which the host waits for
+        return torch.stack([each[place[n]] for n in even]), torch.stack([each[place[n + 1]] for n in even])
 
 
 class ContrastStatistics:

@@ -86,6 +86,18 @@ def test_a_call_inside_a_stream_begins_at_once(monkeypatch):
     stream.close()
 
 
+@pytest.mark.parametrize(("max_rows", "most"), [(2, 1), (4, 1), (8, 2), (64, 8)])
+def test_few_seats_are_not_kept_free_for_a_pass_that_serves_several(monkeypatch, max_rows, most):
+    """Four free seats never come together where there are two: a row in the other would run alone for 16 steps."""
+    watched = Watched(monkeypatch)
+    options = {"temperature": 1.5, "top_k": 0, "seed": 2, "max_new_tokens": 40, "eos_token_id": list(range(4))}
+    rt = runtime(max_rows=max_rows)
+    rt.generate(random_prompts([4] * (2 * max_rows + 12), seed=1), **options)
+    while_others_ran = [a for a in watched.admissions if a["running"] and a["left"]]
+    assert while_others_ran
+    assert min(a["rows"] for a in while_others_ran if a["held"] < 16) == most
+
+
 def test_a_pass_for_an_eighth_of_the_seats_costs_few_steps():
     """Pairs of mixed lengths, eight times what there are seats for; one at a time it were 671 passes and 1903 steps."""
     found = host.admission(256)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from icon2_rt import Direction, Runtime, Steering
+from icon2_rt.engine import engine
 from tests import hooks
 from tests.models import random_prompts, random_vectors, tiny_llama, tiny_qwen3, tiny_tokenizer
 
@@ -198,10 +199,17 @@ class Stop(Exception):
 
 def test_an_interrupt_in_the_middle_gives_every_page_back():
     rt = runtime(60)
-    from icon2_rt.engine import batch, prefill
+    from icon2_rt.engine import batch, items, prefill
 
     expected = rt.generate_branches(PROMPTS, [None, (3.0 * A).with_scope("all")], **GREEDY)
-    for owner, name, calls in [(batch.Batch, "launch", 5), (batch.Batch, "launch", 1), (prefill, "_run_pack", 1)]:
+    for owner, name, calls in [
+        (batch.Batch, "launch", 5),
+        (batch.Batch, "launch", 1),
+        (batch.Batch, "join", 1),
+        (items.ItemPlanner, "_versions_of", 1),
+        (items.ItemPlanner, "_make", 2),
+        (prefill, "_run_pack", 1),
+    ]:
         original, left = getattr(owner, name), [calls]
 
         def interrupted(*args: Any, original: Any = original, left: list[int] = left, **kwargs: Any) -> Any:
@@ -216,6 +224,18 @@ def test_an_interrupt_in_the_middle_gives_every_page_back():
                 rt.generate_branches(PROMPTS, [None, (3.0 * A).with_scope("all")], **GREEDY)
         assert rt.free_kv_pages == 60
         assert rt.generate_branches(PROMPTS, [None, (3.0 * A).with_scope("all")], **GREEDY) == expected
+
+
+def test_an_error_before_the_rows_sit_gives_the_pages_of_all_their_groups_back(monkeypatch):
+    rt = Runtime(tiny_llama(), tiny_tokenizer(), page_size=PAGE, kv_memory=60 * PAGE_BYTES, device="cpu")
+
+    def broken(*args: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(engine, "StopText", broken)
+    with pytest.raises(Stop):
+        rt.generate(PROMPTS[:4], stop_strings=["x"], **GREEDY)
+    assert rt.free_kv_pages == 60
 
 
 def test_an_error_while_reading_or_scoring_gives_every_page_back():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import host
 from icon2_rt import Runtime
 from icon2_rt.extraction import PENDING, RANK, ContrastStatistics, PairStates
 from tests.models import random_prompts, tiny_llama
@@ -113,6 +114,17 @@ def test_states_become_pairs_whatever_the_passes() -> None:
     assert torch.equal(got[0], all_states[0::2])
     assert torch.equal(got[1], all_states[1::2])
     assert not states._left
+
+
+def test_pairs_are_put_together_without_waiting_for_the_device() -> None:
+    all_states, states = torch.randn(6, LAYERS, HIDDEN), PairStates(LAYERS)
+    shown(states, [5, 0, 3, 1, 2], all_states)
+    with host.Crossings() as crossings:
+        found = states.take()
+    assert found is not None
+    assert torch.equal(found[0], all_states[[0, 2]])
+    assert torch.equal(found[1], all_states[[1, 3]])
+    assert not crossings.count
 
 
 def test_a_pass_that_broke_off_is_repeated_in_smaller_ones() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from icon2_rt import Runtime
-from icon2_rt.engine import Engine
+from icon2_rt.engine import Engine, engine
 from icon2_rt.engine.stream import EngineStream, in_stream, steps_in_stream
 from tests.fake_cuda import FakeCuda, cuda
 from tests.models import random_prompts, tiny_llama
@@ -113,6 +114,25 @@ def test_on_a_cpu_there_is_no_stream(cuda):
         pass
     assert cuda.log == []
     assert cuda.streams == []
+
+
+def test_an_engine_makes_its_memory_in_its_own_stream(monkeypatch):
+    """Zeros that another stream writes could come after what a call has put there."""
+    inside, made = [False], []
+
+    class Watched(EngineStream):
+        @contextmanager
+        def __call__(self):
+            inside[0] = True
+            yield
+            inside[0] = False
+
+    monkeypatch.setattr(engine, "EngineStream", Watched)
+    for name in ("KVPages", "DirectionBank", "Staging"):
+        make = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *a, make=make: made.append(inside[0]) or make(*a))
+    Runtime(tiny_llama(), device="cpu", page_size=8, kv_memory="1MiB")
+    assert made == [True] * 3
 
 
 ENTRY_POINTS = {"decode", "read", "score", "pin", "unpin"}

@@ -134,6 +134,16 @@ def test_what_is_left_for_later_waits_for_the_end_of_the_outermost_turn():
     assert done == ["free", "in a turn", "by what was left"]
 
 
+def test_an_error_of_what_was_left_for_later_ends_the_turn_that_it_comes_up_in():
+    turns = Turns()
+    with pytest.raises(ZeroDivisionError), turns:
+        turns.later(lambda: 1 / 0)
+        turns.later(lambda: [][0])
+    with pytest.raises(IndexError), turns:  # what the first error left
+        pass
+    assert at_once(lambda: turns._lock.acquire(blocking=False)) == [True]
+
+
 def test_an_error_in_a_turn_ends_it():
     rt = Runtime(tiny_llama(), page_size=8, kv_memory="4MiB")
 

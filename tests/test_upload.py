@@ -205,6 +205,24 @@ def test_a_prefill_pass_is_one_copy_and_reads_nothing_back(prompts, scope):
     assert host.prefill_copies(prompts, scope)["count"] == {"up": 1}
 
 
+def test_what_the_host_knows_of_steerings_goes_up_through_pinned_memory_too(monkeypatch):
+    """Where the rows are run exactly: the reference ops, on a CUDA device as well."""
+    exact, counts = Batch._exact, []
+
+    def watched(*args: Any) -> Any:
+        with host.Crossings() as crossings:
+            inputs = exact(*args)
+        counts.append(dict(crossings.count))
+        return inputs
+
+    monkeypatch.setattr(Batch, "_exact", watched)
+    rt = Runtime(tiny_llama(), device="cpu", backend="reference", page_size=8)
+    rt.generate_branches(random_prompts([5]), [None, 1.0 * A, A[1:].ablated()], max_new_tokens=3, do_sample=False)
+    assert counts
+    assert counts[0] == {"up": 1}
+    assert all("blocking" not in count for count in counts)
+
+
 def test_rows_join_all_at_once_and_leave_those_that_run_alone(monkeypatch):
     """A state that the device is still advancing is never written from the host's older copy."""
     rt = Runtime(tiny_llama(), device="cpu", backend="reference", page_size=8, max_rows=8)

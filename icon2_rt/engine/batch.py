@@ -74,7 +74,7 @@ class Batch:
             self._buffers = Buffers(model, kv, bank, sizes)
             self._landing = Landing(self._buffers.results, manner.behind + 1)
         self.buffers = self._buffers.inputs
-        self._planner = ItemPlanner(kv.page_size, sizes.split_pages, model.spec)
+        self._planner = self._new_planner()
         self._inputs: StepInputs | None = None
         self._repeat: Callable[[], None] | None = None  # the step of this layout, where the ops could capture it
         self._valid = 0  # steps for which the layout holds
@@ -153,10 +153,13 @@ class Batch:
             self._landing.release(step.slot)
         self.under_way.clear()
         self._joining.clear()
-        self._planner.follow([])
+        self._planner = self._new_planner()  # the old one may have been interrupted half-way
         self._unsteered.clear()
         self._invalidate()
         self.buffers.state.running.zero_()
+
+    def _new_planner(self) -> ItemPlanner:
+        return ItemPlanner(self.kv.page_size, self.sizes.split_pages, self.model.spec)
 
     @property
     def sparse(self) -> bool:
@@ -347,6 +350,7 @@ class Batch:
         )
         if not self._changed and self._inputs is not None:  # as before, but for the items
             return replace(self._inputs, items=items)
+        known = self.bank.know(steerings)
         rows = [row for row in self.rows if row is not None]  # all of them: there is no gap here
         vocab = self.model.spec.vocab_size
         needed = sampling_of(rows, vocab, self.sizes.eos)
@@ -366,7 +370,7 @@ class Batch:
             inputs,
             tables=inputs.tables[:, : max(len(row.low) for row in rows)],
             items=items,
-            steering=self.bank.row_steering(steerings),
+            steering=known.on(self.staging.upload(known.arrays)) if known is not None else None,
             sampling=replace(inputs.sampling, **unused),
         )
 

@@ -37,7 +37,7 @@ from icon2_rt.steering import CompiledSteering
 # How many steps the device may be ahead of what the host has looked at: enough that it never waits for Python.
 _BEHIND = 3
 # A prefill pass costs the host about as much as a decode step, so groups are let in several at a time (_is_due).
-_LEAST_ROWS_ADMITTED = 4
+_LEAST_ROWS_ADMITTED, _MOST_SEATS_KEPT_FREE = 4, 0.25
 _LONGEST_HELD = 16  # steps
 # source page, target page, blocks
 PageCopy = tuple[int, int, slice]
@@ -101,7 +101,9 @@ class Engine:
         n_pages = plan_pages(
             spec, options.page_size, model.dtype, model.device, options.kv_memory, self._reserve(fixed)
         )
-        with torch.inference_mode(False):  # tensors made inside it could not be written to outside
+        # In the engine's own stream, where the zeros are written before anything else. And not in inference mode:
+        # tensors made inside it could not be written to outside.
+        with self.stream(), torch.inference_mode(False):
             self.kv = KVPages(spec, n_pages, options.page_size, model.dtype, model.device)
             self.bank = DirectionBank(
                 options.max_directions, options.max_terms, spec.n_layers, spec.hidden_size, model.device
@@ -149,10 +151,10 @@ class Engine:
         prefixes = {r.prefix for r in requests if r.prefix is not None}
         if not prefixes <= self._prefixes:
             raise RuntimeError("the prefix was let go before this stream began: take its first pair inside the `with`")
+        waiting = deque((request, self._plan(request)) for request in requests)
         pinned = self.bank.pin(b.steering for r in requests for b in r.branches)
         for prefix in prefixes:  # groups that wait need it even if its `with` block ends before the stream does
             self.kv.retain(prefix.pages)
-        waiting = deque((request, self._plan(request)) for request in requests)
         held = 0  # steps that groups wait although there is room for them
         groups: dict[int, list[Row]] = {}
         running: list[Row] = []
@@ -166,14 +168,15 @@ class Engine:
                 fitting = self._fitting(waiting, len(running), batch)
                 if self._is_due(fitting, len(running), len(waiting), held):
                     admitted = self._admit(fitting, batch.record)
+                    joining = [row for rows in admitted for row in rows]
+                    running += joining  # first of all: whatever happens, their pages are given back
                     for rows in admitted:
                         waiting.popleft()
                         groups[id(rows[0].request)] = rows
-                        running += rows
                         if decode is not None and (strings := rows[0].request.sampling.stop_strings):
                             for row in rows:
                                 row.stops = StopText(strings, row.request.tokens, decode)
-                    batch.join([row for rows in admitted for row in rows])
+                    batch.join(joining)
                     fitting, held = [], 0
                 if not running:  # nothing of ours will free a page: somebody else holds them
                     self._check_free(waiting[0][1].pages)
@@ -278,14 +281,15 @@ class Engine:
 
     def _is_due(self, fitting: Sequence[Request], n_running: int, n_waiting: int, held: int) -> bool:
         """Whether the groups that fit are let in now, by one rule that knows nothing of time: where nothing runs, where
-        they have at least ``max(4, max_rows / 8)`` rows, where no other group waits, or when they were held back for 16
-        steps."""
+        they have at least ``max(4, max_rows / 8)`` rows or a quarter of ``max_rows``, where no other group waits, or
+        when they were held back for 16 steps."""
         if not fitting:
             return False
         if not n_running or len(fitting) == n_waiting or held >= _LONGEST_HELD:
             return True
-        rows = sum(len(request.branches) for request in fitting)
-        return rows >= max(_LEAST_ROWS_ADMITTED, self.options.max_rows // 8)
+        rows, seats = sum(len(request.branches) for request in fitting), self.options.max_rows
+        # With few seats, those that are kept free cost more steps than passes are saved.
+        return rows >= min(max(_LEAST_ROWS_ADMITTED, seats // 8), _MOST_SEATS_KEPT_FREE * seats)
 
     def _admit(self, requests: Sequence[Request], record: Record) -> list[list[Row]]:
         """Give groups their pages, and prefill them together."""

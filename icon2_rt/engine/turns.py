@@ -23,10 +23,15 @@ class Turns:
     def __enter__(self) -> None:
         self._lock.acquire()
         self._depth += 1
-        if self._depth == 1:
-            # A thread that is new to torch takes over its number of threads; our own kernels ask OpenMP for it.
-            torch.get_num_threads()
-            self._clear_up()
+        try:
+            if self._depth == 1:
+                # A thread that is new to torch takes over its number of threads; our own kernels ask OpenMP for it.
+                torch.get_num_threads()
+                self._clear_up()
+        except BaseException:  # no __exit__ follows: the turn would never end
+            self._depth -= 1
+            self._lock.release()
+            raise
 
     def __exit__(self, *exc: object) -> None:
         try:
