@@ -322,6 +322,7 @@ def test_closing_the_pipe_and_staying(trial):
 def test_what_can_be_imported_here_can_be_imported_there(trial, tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])  # a Path there is a common mistake, which Python ignores
     assert trial("import only_here; " + RIGHT).status == "proven"
 
 

@@ -63,7 +63,7 @@ def listen(
             process = subprocess.Popen(
                 [*command, "--request", json.dumps(request), "--pipe", str(writing)],
                 stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, pass_fds=(writing,), start_new_session=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env=os.environ | {"PYTHONPATH": _import_path()},
             )  # fmt: skip
         except BaseException:
             os.close(reading)
@@ -75,6 +75,11 @@ def listen(
         finally:
             os.close(reading)
             kill(process, limits.wait)
+
+
+def _import_path() -> str:
+    """Where this process looks for modules. Python passes over entries that are no text, such as a Path."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path if isinstance(path, str))
 
 
 def _listen(
