@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from icon2_rt.engine import (
 from icon2_rt.engine.engine import first_steered
 from icon2_rt.engine.forward import computing
 from icon2_rt.engine.kv import default_prefill_chunk, plan_pages
-from icon2_rt.engine.sampling import generable
+from icon2_rt.engine.sampling import SUPPORTED, generable
 from icon2_rt.engine.turns import Stream
 from icon2_rt.extraction import ContrastStatistics, PairStates, PromptStates, SideStatistics
 from icon2_rt.ops import row_seeds, select
@@ -62,8 +63,81 @@ from icon2_rt.usage import Usage
 
 Steerings = Steering | None | Sequence[Steering | None]
 Noise = Literal["independent", "common"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 TemplateVariables = Mapping[str, Any] | None
 Positions = int | Sequence[int] | Sequence[Sequence[int]]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of every ``generate*`` and ``stream*`` method, with what holds where one is left out.
+
+    The call:
+        n: samples of every prompt (1). All of them share the prompt's KV, and each has random numbers of its own. The
+            result has n outputs per prompt, one after the other: ``output.index`` is the prompt's place and
+            ``output.sample`` the sample's number. Sample 0 is what n=1 gives.
+        prefix: of :meth:`Runtime.prefix`, which every prompt continues (none).
+        seed: one for the call (a random one), or a list of row seeds, one per prompt, sample and branch in the order of
+            the result.
+        noise: "common" gives the branches of a sample the same random numbers ("independent").
+        sample_ids: one per prompt, in place of its index, in the derivation of row seeds (the index).
+        generation_config: the base of the sampling options; what it leaves out is the model's own (none).
+        chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}`` (none).
+        progress: show a progress bar (False).
+
+    Sampling, by transformers' names. An option given here wins over ``generation_config``, and that over the model's
+    own generation config; the values in brackets hold where none of them has one:
+        max_new_tokens: the most tokens of a response (256, or fewer where the model has no room; transformers has 20).
+        max_length: the same, the prompt counted too (none).
+        min_new_tokens, min_length: so many tokens before the eos may come (0).
+        do_sample: draw, or take the likeliest token (False). Giving temperature, top_k, top_p or min_p as an option
+            turns it on by itself.
+        temperature (1.0), top_k (50), top_p (1.0), min_p (0.0): used when drawing.
+        repetition_penalty: counts the prompt's tokens too (1.0).
+        eos_token_id: one or a list (the tokenizer's).
+        stop_strings: texts that end a response; a special token's text is found too (none).
+    """
+
+    n: int
+    prefix: Prefix | None
+    seed: int | Sequence[int] | None
+    noise: Noise
+    sample_ids: Sequence[int] | None
+    generation_config: GenerationConfig | None
+    chat_template_kwargs: TemplateVariables
+    progress: bool
+    max_new_tokens: int | None
+    max_length: int | None
+    min_new_tokens: int | None
+    min_length: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str] | None
+
+
+_DEFAULTS: Mapping[str, Any] = {"n": 1, "noise": "independent", "progress": False}  # None for the others
+_CALL_OPTIONS = tuple(name for name in GenerateOptions.__annotations__ if name not in SUPPORTED)
+
+
+def _with_options(method: Method) -> Method:
+    """Show the options by name in ``help`` and to what completes from a signature, as notebooks do."""
+    signature = inspect.signature(method)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_DEFAULTS.get(name),
+            annotation=getattr(annotation, "__forward_arg__", annotation),
+        )
+        for name, annotation in inspect.get_annotations(GenerateOptions).items()
+    ]
+    method.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return method
 
 
 class Runtime:
@@ -285,32 +359,25 @@ class Runtime:
 
     # ---------------------------------------------------------------- generating
 
-    def generate(self, prompts: Sequence[Prompt], steering: Steerings = None, **options: Any) -> OutputList[Completion]:
+    @_with_options
+    def generate(
+        self, prompts: Sequence[Prompt], steering: Steerings = None, **options: Unpack[GenerateOptions]
+    ) -> OutputList[Completion]:
         """One completion per prompt, in order; with ``n=``, the n samples of each prompt one after the other.
 
         Args:
             prompts: a list of texts, chats (lists of messages) or lists of token ids.
             steering: one for all prompts, or a list with one per prompt; None = unsteered.
-            options: see :meth:`generate_branches`.
+            options: see :class:`GenerateOptions`; ``max_new_tokens`` is 256 where neither it nor the model says, and
+                giving ``temperature`` turns sampling on.
         """
         with self._turns:
             outputs = _in_order(self._stream(prompts, {"steering": steering}, **options))
         return OutputList(output.branches[0] for output in outputs)
 
+    @_with_options
     def generate_branches(
-        self,
-        prompts: Sequence[Prompt],
-        branches: Sequence[Steerings],
-        *,
-        n: int = 1,
-        prefix: Prefix | None = None,
-        seed: int | Sequence[int] | None = None,
-        noise: Noise = "independent",
-        sample_ids: Sequence[int] | None = None,
-        generation_config: GenerationConfig | None = None,
-        chat_template_kwargs: TemplateVariables = None,
-        progress: bool = False,
-        **sampling: Any,
+        self, prompts: Sequence[Prompt], branches: Sequence[Steerings], **options: Unpack[GenerateOptions]
     ) -> OutputList[BranchedOutput]:
         """K continuations of every prompt, decoded in lock-step over one copy of the prompt's KV.
 
@@ -318,35 +385,17 @@ class Runtime:
             prompts: a list of texts, chats (lists of messages) or lists of token ids. A chat that ends with a message
                 of the assistant is continued there.
             branches: K entries, each a steering for all prompts (None = unsteered) or a list with one per prompt.
-            n: samples of every prompt. All of them share the prompt's KV, and each has random numbers of its own. The
-                result has n outputs per prompt, one after the other: ``output.index`` is the prompt's place and
-                ``output.sample`` the sample's number. Sample 0 is what n=1 gives.
-            prefix: of :meth:`prefix`, which every prompt continues.
-            seed: one for the call (a random one if not given), or a list of row seeds, one per prompt, sample and
-                branch in the order of the result.
-            noise: "common" gives the branches of a sample the same random numbers.
-            sample_ids: one per prompt, in place of its index, in the derivation of row seeds.
-            generation_config: the base of the sampling options; what it leaves out is taken from the model's own.
-            chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
-            sampling: transformers' names: max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
-                repetition_penalty, eos_token_id, stop_strings (a special token's text is found too). They win over the
-                config. Unset ones have
-                transformers' defaults (when sampling: top_k=50).
+            options: see :class:`GenerateOptions`.
 
         Raises:
             TypeError, ValueError: before any work; the message names the argument and what would be right.
         """
         with self._turns:
-            return _in_order(
-                self.stream_branches(
-                    prompts, branches, n=n, prefix=prefix, seed=seed, noise=noise, sample_ids=sample_ids,
-                    generation_config=generation_config, chat_template_kwargs=chat_template_kwargs, progress=progress,
-                    **sampling,
-                )
-            )  # fmt: skip
+            return _in_order(self.stream_branches(prompts, branches, **options))
 
+    @_with_options
     def stream_branches(
-        self, prompts: Sequence[Prompt], branches: Sequence[Steerings], **options: Any
+        self, prompts: Sequence[Prompt], branches: Sequence[Steerings], **options: Unpack[GenerateOptions]
     ) -> Iterator[BranchedOutput]:
         """:meth:`generate_branches`, each prompt as soon as its branches are done; ``output.index`` is its place.
 
@@ -359,21 +408,38 @@ class Runtime:
         named_branches = {f"branches[{k}]": branch for k, branch in enumerate(branches)}
         return self._stream(prompts, named_branches, **options)
 
+    @_with_options
     def generate_pairs(
-        self, prompts: Sequence[Prompt], *, positive: Steerings, negative: Steerings, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        positive: Steerings,
+        negative: Steerings,
+        **options: Unpack[GenerateOptions],
     ) -> OutputList[PairedOutput]:
-        """A positive and a negative branch of every prompt, in one pass. Options as in :meth:`generate_branches`."""
+        """A positive and a negative branch of every prompt, in one pass over one copy of the prompt's KV.
+
+        Args:
+            prompts: a list of texts, chats (lists of messages) or lists of token ids.
+            positive, negative: the steering of each side, one for all prompts or a list with one per prompt; None =
+                unsteered.
+            options: see :class:`GenerateOptions`.
+
+        Raises:
+            TypeError, ValueError: before any work; the message names the argument and what would be right.
+        """
         with self._turns:
             pairs = self.stream_pairs(prompts, positive=positive, negative=negative, **options)
             return OutputList(sorted(pairs, key=lambda pair: pair.index))
 
+    @_with_options
     def stream_pairs(
         self,
         prompts: Sequence[Prompt],
         *,
         positive: Steerings,
         negative: Steerings,
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[PairedOutput]:
         """:meth:`generate_pairs`, each pair as soon as both branches are done; ``pair.index`` is its prompt's place.
 
@@ -951,11 +1017,6 @@ class Prefix:
 _RUNTIME_OPTIONS = (
     "keep_model", "kv_memory", "max_rows", "max_directions", "max_terms", "page_size", "split_pages", "prefill_chunk",
     "cuda_graphs",
-)  # fmt: skip
-
-
-_CALL_OPTIONS = (
-    "n", "prefix", "seed", "noise", "sample_ids", "generation_config", "chat_template_kwargs", "progress",
 )  # fmt: skip
 
 
