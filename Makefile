@@ -15,7 +15,7 @@ comma := ,
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INPUTS := pyproject.toml setup.py Makefile $(shell find csrc -type f)
 
-.PHONY: help env demo test test-oldest lint type fmt wheel bench docs
+.PHONY: help env demo test test-oldest lint type fmt wheel bench docs mutants
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -90,3 +90,6 @@ bench: $(VENV)/.dev ## the benchmarks
 
 docs: $(VENV)/.dev ## the API reference, into build/docs
 	$(BIN)/python -m pdoc -o build/docs icon2_rt icon2_rt.formats icon2_rt.pipeline icon2_rt.tiny
+
+mutants: $(VENV)/.dev ## how many planted faults the tests see, by module (hours): into bench/results/mutants.json
+	$(BIN)/python tools/mutants.py

@@ -102,7 +102,7 @@ def test_what_is_installed_is_supported() -> None:
             assert requirement.specifier.contains(metadata.version(requirement.name)), requirement
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-oldest", "lint", "type", "fmt", "bench", "docs"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-oldest", "lint", "type", "fmt", "bench", "docs", "mutants"])
 def test_each_habit_is_one_command(target: str) -> None:
     assert f"\n{target}:" in (ROOT / "Makefile").read_text()
     assert "venv" in run("make", "--dry-run", target, cwd=ROOT)

@@ -221,6 +221,8 @@ def test_a_degenerate_choice_is_told() -> None:
     first, second = consistency.warnings(consistency.judge(projected, NAMES))
     assert "degenerate: 40 of 40 instructions get 'b'" in first
     assert "'a', 'c'" in second
+    [two, none] = consistency.warnings(consistency.judge(projected[:, :2], NAMES[:2]))
+    assert "40 of 40 instructions get 'b'" in two and "no instruction gets 'a'" in none
 
 
 def test_a_given_criterion_is_respected() -> None:
