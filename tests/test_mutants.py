@@ -6,6 +6,8 @@ import ast
 import importlib.util
 from pathlib import Path
 
+from bench import results
+
 ROOT = Path(__file__).parent.parent
 SOURCE = """
 LIMIT = 3
@@ -43,3 +45,9 @@ def test_every_fault_is_one_change_inside_a_function() -> None:
     )
     assert all((ROOT / "icon2_rt" / module).exists() for module in tool.TESTS)
     assert all((ROOT / "tests" / test).exists() for tests in tool.TESTS.values() for test in tests)
+
+
+def test_results_of_benchmarks_are_told_beside_those_of_mutants(tmp_path: Path) -> None:
+    assert (results.RESULTS / "mutants.json").exists()
+    results.main(["--out", str(tmp_path / "told.md")])
+    assert (tmp_path / "told.md").read_text() == (ROOT / "bench/RESULTS.md").read_text()
