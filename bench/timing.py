@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
+
+from icon2_rt.trial.timing import timed
 
 COPY_BYTES = 2**30  # read, and as many written: far more than any cache holds
 
@@ -29,39 +29,6 @@ class Timing:
 
     def record(self) -> dict[str, float]:
         return asdict(self)
-
-
-def timed(
-    call: Callable[[], Any],
-    device: torch.device,
-    n: int,
-    warm_up: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Milliseconds of each of ``n`` calls, after ``warm_up`` others.
-
-    On a CPU they are read from ``clock``: with one thread on a machine that does other things, time.process_time counts
-    only what the calls themselves took.
-
-    On a GPU all calls are enqueued one after the other with an event between each two and are looked at when the last
-    is done: what is measured is the device's time from the end of one call to the end of the next, with nothing of the
-    host's as long as it is ahead.
-    """
-    for _ in range(warm_up):
-        call()
-    if device.type != "cuda":
-        marks = [clock()]
-        for _ in range(n):
-            call()
-            marks.append(clock())
-        return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def device_copy(device: torch.device, n_bytes: int = COPY_BYTES) -> dict[str, Any]:

@@ -121,7 +121,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SPECIAL = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 _MERGES = [
     ("t", "h"),
     ("th", "e"),
@@ -135,22 +135,27 @@ _MERGES = [
 ]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Printable characters, nine merges, five special tokens and a chat template; decoding is concatenation."""
-    characters = ["\n", *(chr(c) for c in range(32, 127))]
-    vocab = {token: i for i, token in enumerate([*_SPECIAL, *characters, *(a + b for a, b in _MERGES)])}
-    assert len(vocab) <= VOCAB
-    core = Tokenizer(models.BPE(vocab=vocab, merges=_MERGES))
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens(_SPECIAL)
+def with_marks(core: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
+    """``core`` as a transformers tokenizer, with the special tokens of the tests' models and chat templates."""
+    core.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<|bos|>",
         eos_token="<|end|>",
-        additional_special_tokens=_SPECIAL[2:],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Printable characters, nine merges, five special tokens and a chat template; decoding is concatenation."""
+    characters = ["\n", *(chr(c) for c in range(32, 127))]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *characters, *(a + b for a, b in _MERGES)])}
+    assert len(vocab) <= VOCAB
+    core = Tokenizer(models.BPE(vocab=vocab, merges=_MERGES))
+    core.decoder = decoders.Fuse()
+    return with_marks(core, CHAT_TEMPLATE)
 
 
 def random_prompts(lengths: list[int], *, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.models import CHAT_TEMPLATE, VOCAB
+from tests.models import CHAT_TEMPLATE, SPECIAL, VOCAB, with_marks
 
-_SPECIAL = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 # As Llama 2 renders a chat: the space in front of a response is the template's.
 INST_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
@@ -23,7 +22,7 @@ def space_tokenizer(kind: str, chat_template: str = CHAT_TEMPLATE) -> PreTrained
     """``kind`` "metaspace" (today's form) or "legacy" (a space before every text between special tokens)."""
     characters = ["▁", "\n", *(chr(c) for c in range(33, 126))]  # all printable ones but "~"
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a"), ("▁", "b"), ("▁", "H")]
-    vocab = {token: i for i, token in enumerate([*_SPECIAL, *characters, *(a + b for a, b in merges)])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *characters, *(a + b for a, b in merges)])}
     assert len(vocab) <= VOCAB
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     if kind == "metaspace":
@@ -32,12 +31,4 @@ def space_tokenizer(kind: str, chat_template: str = CHAT_TEMPLATE) -> PreTrained
     else:
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    core.add_special_tokens(_SPECIAL)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|bos|>",
-        eos_token="<|end|>",
-        additional_special_tokens=_SPECIAL[2:],
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    )
+    return with_marks(core, chat_template)

@@ -49,21 +49,39 @@ def _repeated(call: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
     return replay, result
 
 
-def microseconds(call: Callable[[], Any], device: torch.device, n: int, warm_up: int = 2) -> float:
-    """The median time of ``call``, by events on a GPU and by the clock on a CPU."""
+def timed(
+    call: Callable[[], Any],
+    device: torch.device,
+    n: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Milliseconds of each of ``n`` calls, after ``warm_up`` others.
+
+    On a CPU they are read from ``clock``: with one thread on a machine that does other things, time.process_time counts
+    only what the calls themselves took.
+
+    On a GPU all calls are enqueued one after the other with an event between each two and are looked at when the last
+    is done: what is measured is the device's time from the end of one call to the end of the next, with nothing of the
+    host's as long as it is ahead.
+    """
     for _ in range(warm_up):
         call()
     if device.type != "cuda":
-        took = []
+        marks = [clock()]
         for _ in range(n):
-            begin = time.perf_counter()
             call()
-            took.append(1e6 * (time.perf_counter() - begin))
-        return median(took)
+            marks.append(clock())
+        return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
     torch.cuda.synchronize(device)
-    return 1e3 * median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def microseconds(call: Callable[[], Any], device: torch.device, n: int, warm_up: int = 2) -> float:
+    """The median time of ``call``."""
+    return 1e3 * median(timed(call, device, n, warm_up))
