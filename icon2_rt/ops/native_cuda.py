@@ -8,7 +8,7 @@ never run on hardware, so it has to be asked for (``backend="native"`` on a CUDA
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -48,8 +48,8 @@ def why_not(device: torch.device) -> str | None:
     if not hasattr(extension, "cuda_linear"):
         return "the extension was built without nvcc, for CPUs only"
     index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(index):
-        error = extension.cuda_why_not(index)
+    with torch.cuda.device(index) if torch.cuda.is_available() else nullcontext():
+        error = extension.cuda_why_not(index)  # without any device it says so itself
     return None if error is None else f"{error} (the extension is {extension.build})"
 
 
