@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from icon2_rt.engine.bank import DirectionBank
-from icon2_rt.engine.buffers import BatchSizes, Buffers, logprobs_of, sampling_of, tokens_of
+from icon2_rt.engine.buffers import BatchSizes, Buffers, read_results, sampling_of
 from icon2_rt.engine.forward import Model
 from icon2_rt.engine.graphs import StepGraphs, buckets
 from icon2_rt.engine.items import ItemPlanner, ItemTable, partials_of
@@ -288,8 +288,7 @@ class Batch:
         step = self.under_way.popleft()
         if step.arrived is not None:
             step.arrived.synchronize()
-        seats, n = self.sizes.seats, len(step.rows)
-        tokens, logprobs = (part(step.slot, seats)[:n].tolist() for part in (tokens_of, logprobs_of))
+        tokens, logprobs = read_results(step.slot, self.sizes.seats, len(step.rows))
         self._landing.release(step.slot)
         results = zip(step.rows, tokens, logprobs, strict=True)
         return [(row, token, logprob) for row, token, logprob in results if row is not None and row.finish is None]
