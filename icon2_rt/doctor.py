@@ -55,8 +55,8 @@ _OPTIONAL = {
 # Written, and tested where the interpreter or a compiler can, but never run on the hardware that it is for.
 NEVER_RUN_ON_HARDWARE = {
     "cuda": "no run of this version on a CUDA device is recorded; the CPU is what is tested",
-    "native (CUDA)": "linear and sample in CUDA C++: right on an emulator, and compiled for sm_80, sm_90a and sm_100",
-    "triton": "kernels and graphs: right under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100",
+    "native (CUDA)": "linear and sample in CUDA C++: right on an emulator; compiled for sm_80, sm_90a, sm_100 and PTX",
+    "triton": "kernels and graphs: right under Triton's interpreter, and compiled from sm_80 to sm_120",
     **{path.name: "prefill attention; how it is called is tested" for path in prefill.PATHS if not path.measured_on},
 }
 
