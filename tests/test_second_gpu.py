@@ -101,6 +101,7 @@ def test_the_extension_is_called_with_the_tensors_device_current(current, monkey
     how, state = MagicMock(), MagicMock()
     native_cuda.sample(x, how, state)  # type: ignore[arg-type]
     assert called == [(SECOND, (SECOND, 7))] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     native_cuda.why_not(SECOND)
     assert called[-1] == (1, 1)
     assert len(current) == 1
